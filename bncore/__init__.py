@@ -1,0 +1,41 @@
+"""Batch normalization for NumPy arrays on CPUs: fast, accurate, deterministic."""
+
+from bncore._config import backend, get_num_threads, set_num_threads, show_config
+from bncore.functional import (
+    Gradients,
+    Reduced,
+    Saved,
+    backward_apply,
+    backward_reduce,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+    moments,
+)
+from bncore.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bncore.moments import Moments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Gradients",
+    "Moments",
+    "Reduced",
+    "Saved",
+    "backend",
+    "backward_apply",
+    "backward_reduce",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_inference",
+    "batch_norm_inference_backward",
+    "get_num_threads",
+    "moments",
+    "set_num_threads",
+    "show_config",
+]

@@ -1,0 +1,155 @@
+"""Argument checks: each returns the argument in canonical form or raises, naming it.
+
+Nothing here writes to an argument, so an error leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import numpy as np
+
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+
+
+def float_array(value, name: str) -> np.ndarray:
+    """A floating-point ndarray; lists are converted, masked and object arrays are refused."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked array; pass mask= instead")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of floats: {error}") from None
+    if array.dtype.name not in FLOAT_NAMES:
+        raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
+    return array
+
+
+def input_array(value, name: str = "x") -> np.ndarray:
+    """A floating-point array of at least one dimension."""
+    array = float_array(value, name)
+    if array.ndim == 0:
+        raise ValueError(f"{name} must have at least 1 dimension, got a scalar")
+    return array
+
+
+def channel_axes(axis, ndim: int) -> tuple[int, ...]:
+    """The channel axes, sorted and non-negative."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if not axes:
+        raise ValueError("axis must name at least one channel axis, got ()")
+    normalized = set()
+    for one in axes:
+        try:
+            index = operator.index(one)
+        except TypeError:
+            raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}") from None
+        if not -ndim <= index < ndim:
+            raise ValueError(
+                f"axis {index} is out of range for x with {ndim} dimension{'s' * (ndim != 1)}"
+            )
+        normalized.add(index % ndim)
+    if len(normalized) != len(axes):
+        raise ValueError(f"axis must not name a channel axis twice, got {axis!r}")
+    return tuple(sorted(normalized))
+
+
+def per_channel(value, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A float array with one value per channel, or None."""
+    if value is None:
+        return None
+    array = float_array(value, name)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the channels' shape {shape}, got {array.shape}")
+    return array
+
+
+def same_shape(value, name: str, like: np.ndarray) -> np.ndarray:
+    """A float array with the shape and dtype of ``like``."""
+    array = float_array(value, name)
+    if array.shape != like.shape:
+        raise ValueError(f"{name} must have x's shape {like.shape}, got {array.shape}")
+    if array.dtype.name != like.dtype.name:
+        raise TypeError(f"{name} must have x's dtype {like.dtype.name}, got {array.dtype.name}")
+    return array
+
+
+def positive(value, name: str) -> float:
+    """A finite real number above zero."""
+    number = real(value, name)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return number
+
+
+def real(value, name: str) -> float:
+    """A real number."""
+    if isinstance(value, (str, bytes, bool, np.bool_)):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+
+
+def output(out, like: np.ndarray, in_place: dict, read: dict, name: str = "out"):
+    """Check an output array.
+
+    Parameters
+    ----------
+    out : ndarray or None
+    like : ndarray
+        Shape and dtype that ``out`` must have.
+    in_place : dict of str to ndarray or None
+        Inputs that ``out`` may coincide with entirely, but not overlap in part.
+    read : dict of str to ndarray or None
+        Inputs that ``out`` must not share memory with.
+    """
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an ndarray, got {type(out).__name__}")
+    if out.shape != like.shape:
+        raise ValueError(f"{name} must have shape {like.shape}, got {out.shape}")
+    if out.dtype != like.dtype.newbyteorder("="):
+        raise TypeError(f"{name} must have dtype {like.dtype.newbyteorder('=')}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    if overlaps_itself(out):
+        raise ValueError(f"{name} must not overlap itself, got strides {out.strides}")
+    for other, array in in_place.items():
+        if array is not None and np.may_share_memory(out, array) and not coincide(out, array):
+            if np.shares_memory(out, array):
+                raise ValueError(f"{name} overlaps {other} in part: pass {other} itself or apart")
+    for other, array in read.items():
+        if array is not None and np.may_share_memory(out, array) and np.shares_memory(out, array):
+            raise ValueError(f"{name} must not share memory with {other}")
+    return out
+
+
+def coincide(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape are the same elements at the same places."""
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+        and all(s == t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
+    )
+
+
+def overlaps_itself(array: np.ndarray) -> bool:
+    """Whether two elements of an array share memory, as in a broadcast one."""
+    if array.size < 2:
+        return False
+    walked = sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1)
+    reach = array.itemsize
+    for stride, length in walked:
+        if stride < reach:
+            return True
+        reach = stride * (length - 1) + reach
+    return False
+
+
+def _list(names) -> str:
+    return ", ".join(names[:-1]) + " or " + names[-1]

@@ -1,0 +1,118 @@
+"""The memory layout of an array as the kernels see it.
+
+A kernel works on three dimensions ``(N, C, S)``: outer positions, channels, contiguous inner
+positions.  Every dense array has such a view, whatever its axis order: sort the axes by stride,
+and the channel axes split the rest into outer and inner.  NCHW gives ``(N, C, H*W)``, NHWC
+gives ``(N*H*W, C, 1)``, Fortran-ordered NC gives ``(1, C, N)``; none of them is copied.  Arrays
+without such a view (reversed, broadcast, unaligned, byte-swapped ones) are copied once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Layout(NamedTuple):
+    """How an array's axes map to ``(N, C, S)``."""
+
+    order: tuple[int, ...]
+    """The axes, outermost first, the channel axes side by side."""
+    shape: tuple[int, int, int]
+    """The sizes N, C and S."""
+    split: tuple[int, int]
+    """Where in ``order`` the channel axes begin and end."""
+
+
+def layout_of(x: np.ndarray, channel_axes: tuple[int, ...]) -> Layout:
+    """The layout in which ``x`` needs no copy if there is one, else the axes' own order.
+
+    Parameters
+    ----------
+    x : ndarray
+    channel_axes : tuple of int
+        Sorted, non-negative.
+    """
+    by_stride = sorted(
+        (axis for axis in range(x.ndim)),
+        # An axis of length 1 has no stride to speak of: it stays beside its neighbour.
+        key=lambda axis: (-abs(_effective_stride(x, axis)), axis),
+    )
+    for order in (by_stride, _logical_order(x.ndim, channel_axes)):
+        layout = _split(x.shape, tuple(order), channel_axes)
+        if layout is not None and has_view(x, layout):
+            return layout
+    return _split(x.shape, _logical_order(x.ndim, channel_axes), channel_axes)
+
+
+def has_view(array: np.ndarray, layout: Layout) -> bool:
+    """Whether ``array`` can be seen in ``layout`` without a copy, by the kernels' rules."""
+    if not (array.flags.aligned and array.dtype.isnative):
+        return False
+    if array.size == 0:
+        return True
+    begin, end = layout.split
+    outer, channels, inner = layout.order[:begin], layout.order[begin:end], layout.order[end:]
+    strides = [_merged_stride(array, axes) for axes in (outer, channels, inner)]
+    if any(stride is None or stride % array.itemsize for stride in strides):
+        return False
+    n, c, s = layout.shape
+    if s > 1:
+        return strides[2] == array.itemsize
+    return c == 1 or strides[1] == array.itemsize
+
+
+def to_kernel(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """``array`` as ``(N, C, S)``: a view where ``has_view`` says so, else a copy."""
+    if has_view(array, layout):
+        return array.transpose(layout.order).reshape(layout.shape)
+    native = array.dtype.newbyteorder("=")
+    return np.ascontiguousarray(array.transpose(layout.order), dtype=native).reshape(layout.shape)
+
+
+def from_kernel(kernel_array: np.ndarray, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `to_kernel`: a view of ``(N, C, S)`` with the axes of ``shape``."""
+    ordered = kernel_array.reshape([shape[axis] for axis in layout.order])
+    return ordered.transpose(np.argsort(layout.order))
+
+
+def empty_like(x: np.ndarray, layout: Layout) -> np.ndarray:
+    """A fresh array with ``x``'s shape and native dtype whose memory follows ``layout``."""
+    ordered = np.empty([x.shape[axis] for axis in layout.order], x.dtype.newbyteorder("="))
+    return ordered.transpose(np.argsort(layout.order))
+
+
+def _effective_stride(x: np.ndarray, axis: int) -> int:
+    if x.shape[axis] != 1:
+        return x.strides[axis]
+    following = [i for i in range(axis + 1, x.ndim) if x.shape[i] != 1]
+    return x.strides[following[0]] * x.shape[following[0]] if following else 0
+
+
+def _logical_order(ndim: int, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
+    outer = tuple(range(channel_axes[0]))
+    inner = tuple(i for i in range(channel_axes[0], ndim) if i not in channel_axes)
+    return outer + channel_axes + inner
+
+
+def _split(shape, order, channel_axes) -> Layout | None:
+    begin = min(order.index(axis) for axis in channel_axes)
+    end = begin + len(channel_axes)
+    if order[begin:end] != channel_axes:
+        return None
+    sizes = [shape[axis] for axis in order]
+    parts = sizes[:begin], sizes[begin:end], sizes[end:]
+    return Layout(order, tuple(math.prod(part) for part in parts), (begin, end))
+
+
+def _merged_stride(array: np.ndarray, axes: tuple[int, ...]) -> int | None:
+    """The one byte stride that walks ``axes`` in order, or None; 0 where nothing is walked."""
+    long_axes = [axis for axis in axes if array.shape[axis] != 1]
+    if not long_axes:
+        return 0
+    for outer, inner in zip(long_axes, long_axes[1:], strict=False):
+        if array.strides[outer] != array.strides[inner] * array.shape[inner]:
+            return None
+    return array.strides[long_axes[-1]]

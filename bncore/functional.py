@@ -1,0 +1,588 @@
+"""The functions: validate the arguments, allocate the results, call the kernels.
+
+Each function first offers its arguments to the kernels' ``*_plain`` shortcut, which takes
+contiguous float32 and float64 arrays with contiguous parameters and answers None to the rest.
+What it declines goes the long way: every argument is checked before anything is written, arrays
+are brought into the kernels' ``(N, C, S)`` form (see `bncore._layout`), and results are written
+to the caller's arrays last.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bncore import _backend, _check, _layout
+from bncore._config import get_num_threads
+from bncore.moments import Moments
+
+NO_ACTIVATION = (0, 0.0, 0.0)
+_SERIAL_SIZE = 32768
+"""Elements up to which starting a second thread costs more than it brings."""
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns.
+
+    Attributes
+    ----------
+    dx : ndarray
+        Gradient of the input, in its shape and dtype.
+    dgamma, dbeta : ndarray or None
+        Gradients of the parameters, in their shape and dtype; None where there was none.
+    dresidual : ndarray or None
+        Gradient of the residual; None where there was none.
+    """
+
+    dx: np.ndarray
+    dgamma: np.ndarray | None
+    dbeta: np.ndarray | None
+    dresidual: np.ndarray | None = None
+
+
+class Reduced(NamedTuple):
+    """The two sums of a backward pass; add them over the parts of a batch.
+
+    Attributes
+    ----------
+    sum_dy, sum_dy_xhat : ndarray of float64
+        ``sum dy`` and ``sum dy x'`` per channel.
+    """
+
+    sum_dy: np.ndarray
+    sum_dy_xhat: np.ndarray
+
+
+class Saved:
+    """What `batch_norm` keeps for `batch_norm_backward`.
+
+    Attributes
+    ----------
+    mean, var, inv_std, count : ndarray of float64
+        Batch statistics in the shape of gamma: mean, biased variance, ``1 / sqrt(var + eps)`` and
+        the number of values per channel.
+    x, gamma, beta : ndarray or None
+        The arrays of the forward pass, not copied: change them and the gradient changes.
+        ``x`` is None after a forward pass in place, which has overwritten it.
+    axes : tuple of int
+        Channel axes.
+    eps : float
+    values : float
+        The count as one number.
+    stats : (4, C) ndarray of float64
+        Rows mean, the mean's rounding error, variance and inv_std.
+    """
+
+    __slots__ = ("x", "gamma", "beta", "axes", "eps", "values", "stats", "_shape")
+
+    def __init__(self, x, gamma, beta, axes, eps, values, stats, shape):
+        self.x = x
+        self.gamma = gamma
+        self.beta = beta
+        self.axes = axes
+        self.eps = eps
+        self.values = values
+        self.stats = stats
+        self._shape = shape
+
+    @property
+    def mean(self):
+        return self.stats[0].reshape(self._shape)
+
+    @property
+    def var(self):
+        return self.stats[2].reshape(self._shape)
+
+    @property
+    def inv_std(self):
+        return self.stats[3].reshape(self._shape)
+
+    @property
+    def count(self):
+        return np.full(self._shape, self.values)
+
+
+def batch_norm(
+    x, gamma=None, beta=None, *, axis=1, eps=1e-5,
+    activation=None, residual=None, mask=None, sample_weight=None, out=None,
+):  # fmt: skip
+    """Normalize a batch by its own statistics, per channel.
+
+    ::
+
+        mean = sum x / n        var = sum (x - mean)^2 / n
+        y = gamma (x - mean) / sqrt(var + eps) + beta
+
+    with the sums over all axes but the channels'.
+
+    Parameters
+    ----------
+    x : array_like
+        Of float16, bfloat16, float32 or float64, any strides, at least one dimension.
+    gamma, beta : array_like, optional
+        Scale and offset, one value per channel; 1 and 0 where not given.
+    axis : int or tuple of int
+        The axis, or axes, that keep statistics of their own.
+    eps : float
+        Added to the variance; any positive value is honoured as it is.
+    out : ndarray, optional
+        Takes the result; shape and dtype of x. ``out=x`` normalizes in place, after which there
+        is no backward pass.
+
+    Returns
+    -------
+    y : ndarray
+        Shape, dtype and memory order of x. A channel of equal values gives beta exactly.
+    saved : Saved
+        Statistics, and what `batch_norm_backward` needs.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came. Nothing has been written then.
+
+    References
+    ----------
+    Ioffe & Szegedy, "Batch normalization: accelerating deep network training by reducing internal
+    covariate shift", 2015, algorithm 1.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> x = np.array([[1.0, 10.0], [3.0, 10.0]])
+    >>> y, saved = bncore.batch_norm(x, eps=1e-10)
+    >>> y.round(6)
+    array([[-1.,  0.],
+           [ 1.,  0.]])
+    >>> saved.mean, saved.var
+    (array([ 2., 10.]), array([1., 0.]))
+    """
+    plain = _backend.active.normalization.forward_plain(
+        x, gamma, beta, axis, eps, out, get_num_threads()
+    )
+    if plain is not None:
+        y, stats, axis, values = plain
+        kept = None if y is x else x
+        return y, Saved(kept, gamma, beta, (axis,), eps, values, stats, stats.shape[1:])
+
+    x = _check.input_array(x)
+    axes = _check.channel_axes(axis, x.ndim)
+    shape = tuple(x.shape[i] for i in axes)
+    gamma = _check.per_channel(gamma, "gamma", shape)
+    beta = _check.per_channel(beta, "beta", shape)
+    eps = _check.positive(eps, "eps")
+    _check.output(out, x, in_place={"x": x}, read={"gamma": gamma, "beta": beta})
+
+    layout = _layout.layout_of(x, axes)
+    stats = np.empty((4, layout.shape[1]))
+    target = _Target(out, x, layout)
+    _backend.active.normalization.forward(
+        _layout.to_kernel(x, layout), None, _parameter(gamma), _parameter(beta), None,
+        NO_ACTIVATION, eps, target.kernel_array, stats, _threads(x),
+    )  # fmt: skip
+    values = float(layout.shape[0] * layout.shape[2])
+    kept = None if out is not None and _check.coincide(out, x) else x
+    return target.finish(), Saved(kept, gamma, beta, axes, eps, values, stats, shape)
+
+
+def batch_norm_backward(dy, saved, *, out=None):
+    """Gradients of `batch_norm`, through the statistics.
+
+    ::
+
+        dbeta = sum dy        dgamma = sum dy x'        x' = (x - mean) / sqrt(var + eps)
+        dx = gamma / sqrt(var + eps) (dy - (dbeta + x' dgamma) / n)
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of the loss with respect to y, in x's shape and dtype.
+    saved : Saved
+        From `batch_norm`.
+    out : ndarray, optional
+        Takes dx; may be dy or x themselves.
+
+    Returns
+    -------
+    Gradients
+        dx, dgamma, dbeta, dresidual.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came. Nothing has been written then.
+
+    References
+    ----------
+    Ioffe & Szegedy, 2015, section 3.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, saved = bncore.batch_norm(x, np.array([2.0]), np.array([0.0]))
+    >>> g = bncore.batch_norm_backward(np.ones_like(x), saved)
+    >>> g.dbeta
+    array([3.])
+    >>> bool(abs(g.dx).max() < 1e-12)
+    True
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
+    if saved.x is None:
+        raise ValueError("saved has no x: the forward pass overwrote it (out=x)")
+    plain = _backend.active.gradient.backward_plain(
+        dy, saved.x, saved.stats, saved.gamma, saved.beta, saved.axes, out, get_num_threads()
+    )
+    if plain is not None:
+        return Gradients(*plain)
+
+    x, gamma, beta = saved.x, saved.gamma, saved.beta
+    dy = _check.same_shape(dy, "dy", x)
+    _check.output(out, x, in_place={"dy": dy, "x": x}, read={"gamma": gamma, "beta": beta})
+    layout = _layout.layout_of(x, saved.axes)
+    sums = np.empty((2, layout.shape[1]))
+    target = _Target(out, x, layout)
+    _backend.active.gradient.backward(
+        _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), saved.stats,
+        _parameter(gamma), saved.values, target.kernel_array, sums, _threads(x),
+    )  # fmt: skip
+    return Gradients(target.finish(), _like(sums[1], gamma), _like(sums[0], beta))
+
+
+def batch_norm_inference(
+    x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5,
+    activation=None, residual=None, out=None,
+):  # fmt: skip
+    """Normalize by given statistics: ``y = gamma (x - mean) / sqrt(var + eps) + beta``.
+
+    Parameters
+    ----------
+    x : array_like
+        Of float16, bfloat16, float32 or float64, any strides, at least one dimension.
+    mean, var : array_like
+        Statistics, one value per channel, of any float dtype; no variance below zero.
+    gamma, beta : array_like, optional
+        Scale and offset, one value per channel; 1 and 0 where not given.
+    axis : int or tuple of int
+        The channel axis or axes.
+    eps : float
+        Added to the variance, positive.
+    out : ndarray, optional
+        Takes the result; shape and dtype of x. ``out=x`` normalizes in place.
+
+    Returns
+    -------
+    ndarray
+        Shape, dtype and memory order of x.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> x = np.array([[1.0, 10.0], [3.0, 10.0]])
+    >>> bncore.batch_norm_inference(x, np.array([1.0, 9.0]), np.array([4.0, 1.0]), eps=1e-12)
+    array([[0., 1.],
+           [1., 1.]])
+    """
+    y = _backend.active.normalization.normalize_plain(
+        x, mean, var, gamma, beta, axis, eps, out, get_num_threads()
+    )
+    if y is not None:
+        return y
+
+    x = _check.input_array(x)
+    axes = _check.channel_axes(axis, x.ndim)
+    shape = tuple(x.shape[i] for i in axes)
+    mean, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
+    _check.output(out, x, in_place={"x": x}, read={"gamma": gamma, "beta": beta, "mean": mean})
+    layout = _layout.layout_of(x, axes)
+    target = _Target(out, x, layout)
+    _backend.active.normalization.normalize(
+        _layout.to_kernel(x, layout), _parameter(mean), None, inv_std, _parameter(gamma),
+        _parameter(beta), None, NO_ACTIVATION, target.kernel_array, _threads(x),
+    )  # fmt: skip
+    return target.finish()
+
+
+def batch_norm_inference_backward(
+    dy, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None
+):
+    """Gradients of `batch_norm_inference`, the statistics held fixed.
+
+    ::
+
+        dx = gamma / sqrt(var + eps) dy        dbeta = sum dy        dgamma = sum dy x'
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of the loss with respect to y, in x's shape and dtype.
+    x, mean, var, gamma, beta, axis, eps
+        As in `batch_norm_inference`.
+    out : ndarray, optional
+        Takes dx; may be dy or x themselves.
+
+    Returns
+    -------
+    Gradients
+        dx, dgamma, dbeta, dresidual.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> one = np.ones(1)
+    >>> g = bncore.batch_norm_inference_backward(np.ones((3, 1)), np.zeros((3, 1)), 0 * one,
+    ...                                          4 * one, one, eps=1e-12)
+    >>> g.dx.ravel()
+    array([0.5, 0.5, 0.5])
+    """
+    x = _check.input_array(x)
+    axes = _check.channel_axes(axis, x.ndim)
+    shape = tuple(x.shape[i] for i in axes)
+    dy = _check.same_shape(dy, "dy", x)
+    mean, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
+    _check.output(
+        out, x, in_place={"dy": dy, "x": x}, read={"gamma": gamma, "beta": beta, "mean": mean}
+    )
+    layout = _layout.layout_of(x, axes)
+    sums = np.empty((2, layout.shape[1]))
+    target = _Target(out, x, layout)
+    arguments = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), _parameter(mean), None
+    gradient = _backend.active.gradient
+    if gamma is not None or beta is not None:
+        gradient.reduce(*arguments, inv_std, sums, _threads(x))
+    gradient.apply(
+        *arguments, inv_std, _parameter(gamma), None, 0.0, target.kernel_array, _threads(x)
+    )
+    return Gradients(target.finish(), _like(sums[1], gamma), _like(sums[0], beta))
+
+
+def moments(x, *, axis=1, mask=None, sample_weight=None):
+    """Count, mean and sum of squared deviations of each channel.
+
+    Parameters
+    ----------
+    x : array_like
+        Of float16, bfloat16, float32 or float64, any strides, at least one dimension.
+    axis : int or tuple of int
+        The channel axis or axes.
+
+    Returns
+    -------
+    Moments
+        Add two with ``+`` for the moments of both parts together.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> m = bncore.moments(np.array([[1.0], [2.0], [6.0]]))
+    >>> m.count, m.mean, m.m2
+    (array([3.]), array([3.]), array([14.]))
+    """
+    x = _check.input_array(x)
+    axes = _check.channel_axes(axis, x.ndim)
+    shape = tuple(x.shape[i] for i in axes)
+    layout = _layout.layout_of(x, axes)
+    stats = np.empty((3, layout.shape[1]))
+    _backend.active.statistics.moments(_layout.to_kernel(x, layout), None, stats, _threads(x))
+    mean, mean_lo, m2 = stats.reshape((3, *shape))
+    values = float(layout.shape[0] * layout.shape[2])
+    return Moments(np.full(shape, values), mean, m2, mean_lo)
+
+
+def backward_reduce(dy, x, mean, inv_std, *, axis=1):
+    """The two sums of a backward pass, to be added over the parts of a batch.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of the loss with respect to y, in x's shape and dtype.
+    x : array_like
+        Input of the forward pass.
+    mean, inv_std : array_like
+        Statistics of the whole batch, one value per channel.
+    axis : int or tuple of int
+        The channel axis or axes.
+
+    Returns
+    -------
+    Reduced
+        ``sum dy`` and ``sum dy (x - mean) inv_std``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> x = np.array([[1.0], [3.0]])
+    >>> bncore.backward_reduce(x, x, np.array([2.0]), np.array([1.0]))
+    Reduced(sum_dy=array([4.]), sum_dy_xhat=array([2.]))
+    """
+    x = _check.input_array(x)
+    axes = _check.channel_axes(axis, x.ndim)
+    shape = tuple(x.shape[i] for i in axes)
+    dy = _check.same_shape(dy, "dy", x)
+    mean = _required(mean, "mean", shape)
+    inv_std = _required(inv_std, "inv_std", shape)
+    layout = _layout.layout_of(x, axes)
+    sums = np.empty((2, layout.shape[1]))
+    _backend.active.gradient.reduce(
+        _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), _parameter(mean), None,
+        _parameter(inv_std), sums, _threads(x),
+    )  # fmt: skip
+    return Reduced(*sums.reshape((2, *shape)))
+
+
+def backward_apply(dy, x, mean, inv_std, gamma, sum_dy, sum_dy_xhat, count, *, axis=1, out=None):
+    """The gradient of the input from the sums over the whole batch.
+
+    ::
+
+        dx = gamma inv_std (dy - (sum_dy + x' sum_dy_xhat) / count)
+
+    Parameters
+    ----------
+    dy, x : array_like
+        This part of the batch.
+    mean, inv_std : array_like
+        Statistics of the whole batch, one value per channel.
+    gamma : array_like or None
+    sum_dy, sum_dy_xhat : array_like
+        From `backward_reduce`, added over the parts.
+    count : float or array_like
+        Values per channel in the whole batch.
+    axis : int or tuple of int
+        The channel axis or axes.
+    out : ndarray, optional
+        Takes dx; may be dy or x themselves.
+
+    Returns
+    -------
+    dx : ndarray
+        Shape, dtype and memory order of x.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> x = np.array([[1.0], [3.0]])
+    >>> bncore.backward_apply(x, x, np.array([2.0]), np.array([1.0]), None, np.array([4.0]),
+    ...                       np.array([2.0]), 2)
+    array([[0.],
+           [0.]])
+    """
+    x = _check.input_array(x)
+    axes = _check.channel_axes(axis, x.ndim)
+    shape = tuple(x.shape[i] for i in axes)
+    dy = _check.same_shape(dy, "dy", x)
+    mean = _required(mean, "mean", shape)
+    inv_std = _required(inv_std, "inv_std", shape)
+    gamma = _check.per_channel(gamma, "gamma", shape)
+    sums = np.stack([
+        _parameter(_required(sum_dy, "sum_dy", shape)),
+        _parameter(_required(sum_dy_xhat, "sum_dy_xhat", shape)),
+    ])  # fmt: skip
+    count = _count(count, shape)
+    _check.output(
+        out, x, in_place={"dy": dy, "x": x},
+        read={"mean": mean, "inv_std": inv_std, "gamma": gamma},
+    )  # fmt: skip
+    layout = _layout.layout_of(x, axes)
+    target = _Target(out, x, layout)
+    _backend.active.gradient.apply(
+        _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), _parameter(mean), None,
+        _parameter(inv_std), _parameter(gamma), sums, count, target.kernel_array, _threads(x),
+    )  # fmt: skip
+    return target.finish()
+
+
+class _Target:
+    """Where a kernel writes: the caller's array itself where its layout allows, else a copy."""
+
+    def __init__(self, out, x, layout):
+        self._layout = layout
+        self._shape = x.shape
+        self._copied_to = None
+        if out is None:
+            out = _layout.empty_like(x, layout)
+        elif not _layout.has_view(out, layout):
+            self._copied_to = out
+            out = _layout.empty_like(x, layout)
+        self._out = out
+        self.kernel_array = _layout.to_kernel(out, layout)
+
+    def finish(self):
+        """The caller's array, filled."""
+        if self._copied_to is None:
+            return self._out
+        self._copied_to[...] = self._out
+        return self._copied_to
+
+
+def _threads(x):
+    return 1 if x.size <= _SERIAL_SIZE else get_num_threads()
+
+
+def _parameter(array):
+    """A per-channel array as the kernels take it: float64, contiguous, flat."""
+    return None if array is None else np.ascontiguousarray(array, np.float64).reshape(-1)
+
+
+def _like(sums, parameter):
+    """A parameter's gradient in the parameter's shape and dtype, None where there is none."""
+    if parameter is None:
+        return None
+    return sums.reshape(parameter.shape).astype(parameter.dtype.newbyteorder("="))
+
+
+def _required(value, name, shape):
+    if value is None:
+        raise TypeError(f"{name} must be an array of shape {shape}, got None")
+    return _check.per_channel(value, name, shape)
+
+
+def _fixed_statistics(mean, var, gamma, beta, eps, shape):
+    """Checked mean, ``1 / sqrt(var + eps)``, gamma and beta."""
+    mean = _required(mean, "mean", shape)
+    var = _required(var, "var", shape)
+    gamma = _check.per_channel(gamma, "gamma", shape)
+    beta = _check.per_channel(beta, "beta", shape)
+    eps = _check.positive(eps, "eps")
+    if (var < 0).any():
+        raise ValueError(f"var must not be negative, got {np.asarray(var, np.float64).min()}")
+    return mean, 1 / np.sqrt(_parameter(var) + eps), gamma, beta
+
+
+def _count(count, shape) -> float:
+    """One number of values for all channels."""
+    counts = np.asarray(count, np.float64)
+    if counts.shape not in ((), shape):
+        raise ValueError(f"count must be a number or have shape {shape}, got {counts.shape}")
+    if counts.size == 0:
+        return 0.0
+    if not (counts > 0).all() or (counts != counts.flat[0]).any():
+        raise ValueError(f"count must be one positive number for all channels, got {count!r}")
+    return float(counts.flat[0])
