@@ -162,7 +162,7 @@ def forward_plain(*arguments):
     return None
 
 
-normalize_plain = backward_plain = forward_plain
+normalize_plain = backward_plain = move_running_plain = forward_plain
 
 
 def _moments(x, weight):

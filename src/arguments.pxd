@@ -1,0 +1,225 @@
+# cython: language_level=3
+"""Arguments of the kernels: plain arrays recognized and read without a Python object in between.
+
+Plain means what needs no conversion: an exact ndarray, C-contiguous, aligned, in native byte
+order, of float32 or float64.  Anything else is declined, never refused: the functions in
+`bncore.functional` then check and convert it.
+"""
+
+cimport numpy as cnp
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
+from libc.math cimport INFINITY
+
+from blocks cimport Epilogue, View, element
+
+
+cdef struct Shape:
+    ptrdiff_t outer             # N
+    ptrdiff_t channels          # C
+    ptrdiff_t inner             # S
+    int type_number             # NPY_FLOAT or NPY_DOUBLE
+    int axis
+
+
+cdef inline bint is_plain(object array) noexcept:
+    """Whether a kernel may read the array's memory as it lies."""
+    if not cnp.PyArray_CheckExact(array):
+        return False
+    cdef int type_number = cnp.PyArray_TYPE(<cnp.ndarray> array)
+    return (
+        (type_number == cnp.NPY_FLOAT or type_number == cnp.NPY_DOUBLE)
+        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array)
+    )
+
+
+cdef inline bint plain_input(object x, object axis, Shape* shape) noexcept:
+    """Whether x is plain with one channel axis and not empty; its shape as (N, C, S)."""
+    if not is_plain(x) or not PyLong_CheckExact(axis):
+        return False
+    cdef cnp.ndarray array = <cnp.ndarray> x
+    cdef int overflow = 0, i, ndim = cnp.PyArray_NDIM(array)
+    cdef long channel = PyLong_AsLongAndOverflow(axis, &overflow)
+    if channel < 0:
+        channel += ndim
+    if overflow or not 0 <= channel < ndim or cnp.PyArray_SIZE(array) == 0:
+        return False
+    shape.outer = shape.inner = 1
+    for i in range(channel):
+        shape.outer *= cnp.PyArray_DIM(array, i)
+    for i in range(channel + 1, ndim):
+        shape.inner *= cnp.PyArray_DIM(array, i)
+    shape.channels = cnp.PyArray_DIM(array, channel)
+    shape.type_number = cnp.PyArray_TYPE(array)
+    shape.axis = channel
+    if shape.channels == 1:
+        shape.inner *= shape.outer
+        shape.outer = 1
+    return True
+
+
+cdef inline bint plain_like(object array, cnp.ndarray x) noexcept:
+    """Whether array is plain with the shape and dtype of the plain array x."""
+    return (
+        is_plain(array)
+        and cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.PyArray_TYPE(x)
+        and cnp.PyArray_SAMESHAPE(<cnp.ndarray> array, x)
+    )
+
+
+cdef inline bint plain_parameter(object array, ptrdiff_t channels) noexcept:
+    """Whether array is None or plain with one value per channel."""
+    return array is None or (
+        is_plain(array)
+        and cnp.PyArray_NDIM(<cnp.ndarray> array) == 1
+        and cnp.PyArray_DIM(<cnp.ndarray> array, 0) == channels
+    )
+
+
+cdef inline int worth(const Shape& shape, int num_threads) noexcept nogil:
+    """Threads worth starting: below some size a second one costs more than it brings."""
+    return num_threads if shape.outer * shape.channels * shape.inner > 32768 else 1
+
+
+cdef inline bint plain_eps(object eps) noexcept:
+    return PyFloat_CheckExact(eps) and 0.0 < PyFloat_AS_DOUBLE(eps) < INFINITY
+
+
+cdef inline bint apart(object a, object b) noexcept:
+    """Whether two plain arrays share no memory; None shares none."""
+    if a is None or b is None:
+        return True
+    cdef char* start_a = <char*> cnp.PyArray_DATA(<cnp.ndarray> a)
+    cdef char* start_b = <char*> cnp.PyArray_DATA(<cnp.ndarray> b)
+    return (
+        start_a + cnp.PyArray_NBYTES(<cnp.ndarray> a) <= start_b
+        or start_b + cnp.PyArray_NBYTES(<cnp.ndarray> b) <= start_a
+    )
+
+
+cdef inline bint same_or_apart(object a, object b) noexcept:
+    """Whether a result may be written to a while b is read, element by element."""
+    return (
+        a is None
+        or cnp.PyArray_DATA(<cnp.ndarray> a) == cnp.PyArray_DATA(<cnp.ndarray> b)
+        or apart(a, b)
+    )
+
+
+cdef inline bint plain_output(object out, cnp.ndarray x) noexcept:
+    """Whether out is None or takes a result like x, in place or apart from it."""
+    return out is None or (
+        plain_like(out, x)
+        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
+        and same_or_apart(out, x)
+    )
+
+
+cdef inline cnp.ndarray fresh_like(cnp.ndarray x):
+    """An uninitialized array with the shape and dtype of the plain array x."""
+    return cnp.PyArray_EMPTY(
+        cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0
+    )
+
+
+cdef inline const double* as_doubles(object parameter, double* converted) noexcept:
+    """A plain parameter's values: its own memory if float64, else converted; NULL for None."""
+    if parameter is None:
+        return NULL
+    cdef cnp.ndarray array = <cnp.ndarray> parameter
+    if cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
+        return <const double*> cnp.PyArray_DATA(array)
+    cdef const float* values = <const float*> cnp.PyArray_DATA(array)
+    cdef ptrdiff_t i
+    for i in range(cnp.PyArray_SIZE(array)):
+        converted[i] = values[i]
+    return converted
+
+
+cdef inline object gradient_like(object parameter, const double* values):
+    """A parameter's gradient: values in the shape and dtype of the plain parameter, or None."""
+    if parameter is None:
+        return None
+    cdef cnp.ndarray gradient = fresh_like(<cnp.ndarray> parameter)
+    cdef float* floats = <float*> cnp.PyArray_DATA(gradient)
+    cdef double* doubles = <double*> cnp.PyArray_DATA(gradient)
+    cdef ptrdiff_t i
+    if cnp.PyArray_TYPE(gradient) == cnp.NPY_DOUBLE:
+        for i in range(cnp.PyArray_SIZE(gradient)):
+            doubles[i] = values[i]
+    else:
+        for i in range(cnp.PyArray_SIZE(gradient)):
+            floats[i] = <float> values[i]
+    return gradient
+
+
+cdef enum Kind:
+    FLOAT32
+    FLOAT64
+    FLOAT16
+    BFLOAT16
+
+
+cdef inline Kind kind_of(cnp.ndarray x) noexcept:
+    """The element type of an array that the callers have checked to be of a supported one."""
+    cdef int type_number = cnp.PyArray_TYPE(x)
+    if type_number == cnp.NPY_FLOAT:
+        return FLOAT32
+    if type_number == cnp.NPY_DOUBLE:
+        return FLOAT64
+    return FLOAT16 if type_number == cnp.NPY_FLOAT16 else BFLOAT16
+
+
+cdef inline View[element] view_of(cnp.ndarray x, element* like) noexcept:
+    """An (N, C, S) array as the kernels see it, None as NULL; `like` tells the element type."""
+    cdef View[element] view
+    view.data = NULL
+    if x is None:
+        return view
+    view.data = <element*> cnp.PyArray_DATA(x)
+    view.n_stride = cnp.PyArray_STRIDE(x, 0) // <ptrdiff_t> sizeof(element)
+    view.c_stride = cnp.PyArray_STRIDE(x, 1) // <ptrdiff_t> sizeof(element)
+    return view
+
+
+cdef inline View[element] plain_view(cnp.ndarray x, const Shape& shape, element* like) noexcept:
+    """A plain array as the kernels see it."""
+    cdef View[element] view
+    view.data = <element*> cnp.PyArray_DATA(x)
+    view.n_stride = shape.channels * shape.inner
+    view.c_stride = shape.inner
+    return view
+
+
+cdef inline View[const element] read_only(View[element] view) noexcept nogil:
+    cdef View[const element] same
+    same.data, same.n_stride, same.c_stride = view.data, view.n_stride, view.c_stride
+    return same
+
+
+cdef inline Shape shape_of(cnp.ndarray x) noexcept:
+    cdef Shape shape
+    shape.outer = cnp.PyArray_DIM(x, 0)
+    shape.channels = cnp.PyArray_DIM(x, 1)
+    shape.inner = cnp.PyArray_DIM(x, 2)
+    return shape
+
+
+cdef inline const double* pointer(const double[::1] values) noexcept:
+    """The start of a per-channel array, NULL for None."""
+    if values is None or values.shape[0] == 0:
+        return NULL
+    return &values[0]
+
+
+cdef inline Epilogue epilogue_of(tuple activation):
+    """``(code, a, b)`` as a struct."""
+    cdef Epilogue epilogue
+    epilogue.activation, epilogue.a, epilogue.b = activation
+    return epilogue
+
+
+cdef inline Epilogue no_epilogue() noexcept nogil:
+    cdef Epilogue epilogue
+    epilogue.activation, epilogue.a, epilogue.b = 0, 0.0, 0.0
+    return epilogue

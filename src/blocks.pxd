@@ -1,0 +1,66 @@
+# cython: language_level=3
+"""The grid of cells and the work of one cell, as `blocks.h` has them."""
+
+from libc.stdint cimport uint16_t
+
+cdef extern from "blocks.h" namespace "bncore" nogil:
+    struct Half:
+        uint16_t bits
+    struct BFloat16:
+        uint16_t bits
+    struct Twofold:
+        double hi
+        double lo
+    struct SumPair:
+        Twofold first
+        Twofold second
+    void add(SumPair* total, const SumPair& more)
+    cppclass Grid:
+        ptrdiff_t outer, channels, inner
+        ptrdiff_t width, groups
+        ptrdiff_t positions, blocks
+        bint columns
+        ptrdiff_t first_channel(ptrdiff_t group)
+        ptrdiff_t last_channel(ptrdiff_t group)
+        ptrdiff_t group_size()
+    Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize)
+    Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize)
+    cppclass View[T]:
+        T* data
+        ptrdiff_t n_stride, c_stride
+    struct Epilogue:
+        int activation
+        double a, b
+    struct NormalizeParameters:
+        const double* mean
+        const double* mean_lo
+        const double* inv_std
+        const double* gamma
+        const double* beta
+    struct GradientParameters:
+        const double* mean
+        const double* mean_lo
+        const double* inv_std
+        const double* gamma
+        const double* sum_dy
+        const double* sum_dy_xhat
+        double count
+
+    double pilot[T](const Grid&, View[const T], ptrdiff_t channel)
+    void moments_block[T](const Grid&, View[const T], const double* shift, ptrdiff_t group,
+                          ptrdiff_t block, SumPair* partial)
+    SumPair moments_again[T](const Grid&, View[const T], double shift, ptrdiff_t channel)
+    void normalize_block[T](const Grid&, View[const T], View[const T] residual, View[T],
+                            const NormalizeParameters&, Epilogue, bint stream, ptrdiff_t group,
+                            ptrdiff_t block)
+    void reduce_block[T](const Grid&, View[const T] dy, View[const T], const double* mean,
+                         const double* mean_lo, ptrdiff_t group, ptrdiff_t block, SumPair* partial)
+    void gradient_block[T](const Grid&, View[const T] dy, View[const T], View[T],
+                           const GradientParameters&, bint stream, ptrdiff_t group,
+                           ptrdiff_t block)
+
+ctypedef fused element:
+    float
+    double
+    Half
+    BFloat16

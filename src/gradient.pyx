@@ -1,0 +1,317 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=True
+# distutils: language=c++
+"""The gradient: sum dy and sum dy x' per channel, then dx of every element.
+
+Arranged as the forward pass is (`normalization.pyx`): a group of channels that fits in a cache is
+reduced and applied at once, a larger one in two passes of all threads, on one grid with the same
+bits.  x' is never stored; the sums are taken of dy (x - mean) and scaled by inv_std at the end.
+"""
+
+cimport numpy as cnp
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cython.parallel cimport parallel, prange
+
+from arguments cimport (
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, fresh_like, gradient_like, kind_of,
+    plain_input, plain_like, plain_output, plain_parameter, plain_view, pointer, read_only,
+    same_or_apart, shape_of, view_of, worth,
+)
+from blocks cimport (
+    BFloat16, GradientParameters, Grid, Half, SumPair, View, element, gradient_block, map_grid,
+    reduce_block, sum_grid,
+)
+from merge cimport merged
+from traffic cimport is_resident, is_streamed
+
+cnp.import_array()
+
+
+cdef inline void finish_sums(
+    const Grid& grid,
+    const SumPair* partial,     # (blocks, C)
+    const double* inv_std,      # (C,)
+    ptrdiff_t group,
+    double* sum_dy,             # (C,)
+    double* sum_dy_xhat,        # (C,)
+) noexcept nogil:
+    """sum dy        sum dy x' = inv_std sum dy (x - mean)"""
+    cdef SumPair sums
+    cdef ptrdiff_t c
+    for c in range(grid.first_channel(group), grid.last_channel(group)):
+        sums = merged(grid, partial, c)
+        sum_dy[c] = sums.first.hi + sums.first.lo
+        sum_dy_xhat[c] = (sums.second.hi + sums.second.lo) * inv_std[c]
+
+
+cdef void reduce_all(
+    const Grid& grid,
+    View[const element] dy,     # (N, C, S)
+    View[const element] x,      # (N, C, S)
+    const double* mean,         # (C,)
+    const double* mean_lo,      # (C,)
+    const double* inv_std,      # (C,)
+    SumPair* partial,           # (blocks, C), scratch
+    double* sum_dy,             # (C,)
+    double* sum_dy_xhat,        # (C,)
+    int num_threads,
+) noexcept nogil:
+    """sum dy        sum dy x'        x' = (x - mean) inv_std"""
+    cdef ptrdiff_t cell, group
+    with parallel(num_threads=num_threads):
+        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
+            reduce_block(
+                grid, dy, x, mean, mean_lo, cell // grid.blocks, cell % grid.blocks, partial
+            )
+        for group in prange(grid.groups, schedule="static"):
+            finish_sums(grid, partial, inv_std, group, sum_dy, sum_dy_xhat)
+
+
+cdef void apply_all(
+    const Grid& grid,
+    View[const element] dy,     # (N, C, S)
+    View[const element] x,      # (N, C, S)
+    const GradientParameters& parameters,
+    View[element] dx,           # (N, C, S)
+    int num_threads,
+) noexcept nogil:
+    """dx = gamma inv_std (dy - (sum_dy + x' sum_dy_xhat) / n)"""
+    cdef ptrdiff_t cell
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    for cell in prange(
+        grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
+    ):
+        gradient_block(
+            grid, dy, x, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+        )
+
+
+cdef void differentiate(
+    const Grid& grid,
+    View[const element] dy,     # (N, C, S)
+    View[const element] x,      # (N, C, S)
+    const GradientParameters& parameters,
+    SumPair* partial,           # (blocks, C), scratch
+    View[element] dx,           # (N, C, S)
+    double* sum_dy,             # (C,)
+    double* sum_dy_xhat,        # (C,)
+    int num_threads,
+) noexcept nogil:
+    """Both passes, group by group where a group stays in a cache."""
+    cdef ptrdiff_t group, block, cell
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    if is_resident(grid, 2 * sizeof(element), num_threads):
+        for group in prange(grid.groups, schedule="dynamic", num_threads=num_threads):
+            for block in range(grid.blocks):
+                reduce_block(
+                    grid, dy, x, parameters.mean, parameters.mean_lo, group, block, partial
+                )
+            finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+            for block in range(grid.blocks - 1, -1, -1):
+                gradient_block(grid, dy, x, dx, parameters, stream, group, block)
+        return
+    with parallel(num_threads=num_threads):
+        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
+            reduce_block(
+                grid, dy, x, parameters.mean, parameters.mean_lo,
+                cell // grid.blocks, cell % grid.blocks, partial,
+            )
+        for group in prange(grid.groups, schedule="static"):
+            finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+        for cell in prange(grid.groups * grid.blocks - 1, -1, -1, schedule="dynamic"):
+            gradient_block(
+                grid, dy, x, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+            )
+
+
+cdef SumPair* scratch_for(const Grid& grid) except NULL:
+    cdef void* scratch = PyMem_Malloc(grid.blocks * grid.channels * sizeof(SumPair))
+    if not scratch:
+        raise MemoryError("no memory for the sums of batch_norm_backward")
+    return <SumPair*> scratch
+
+
+cdef int reduce_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, const double[::1] mean, const double* mean_lo,
+    const double[::1] inv_std, double[:, ::1] sums, int num_threads,
+) except -1:
+    cdef Shape shape = shape_of(x)
+    cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef View[element] dy_view = view_of(dy, like), x_view = view_of(x, like)
+    cdef SumPair* partial = scratch_for(grid)
+    with nogil:
+        reduce_all(
+            grid, read_only(dy_view), read_only(x_view), &mean[0], mean_lo, &inv_std[0], partial,
+            &sums[0, 0], &sums[1, 0], num_threads,
+        )
+    PyMem_Free(partial)
+    return 0
+
+
+def reduce(
+    cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
+    const double[::1] mean_lo, const double[::1] inv_std not None, double[:, ::1] sums not None,
+    int num_threads,
+):
+    """The two sums a gradient needs; see `bncore.reference.reduce`."""
+    if not cnp.PyArray_SIZE(x):
+        sums[:, :] = 0
+        return
+    if mean_lo is None:
+        mean_lo = zeros(mean.shape[0])
+    cdef const double* lower = pointer(mean_lo)
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        reduce_as(<float*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+    elif kind == FLOAT64:
+        reduce_as(<double*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+    elif kind == FLOAT16:
+        reduce_as(<Half*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+    else:
+        reduce_as(<BFloat16*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+
+
+cdef object zeros(ptrdiff_t channels):
+    cdef cnp.npy_intp shape = channels
+    return cnp.PyArray_ZEROS(1, &shape, cnp.NPY_DOUBLE, 0)
+
+
+cdef int apply_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters, cnp.ndarray dx,
+    int num_threads,
+) except -1:
+    cdef Shape shape = shape_of(x)
+    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef View[element] dy_view = view_of(dy, like), x_view = view_of(x, like)
+    cdef View[element] dx_view = view_of(dx, like)
+    with nogil:
+        apply_all(grid, read_only(dy_view), read_only(x_view), parameters, dx_view, num_threads)
+    return 0
+
+
+def apply(
+    cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
+    const double[::1] mean_lo, const double[::1] inv_std not None, const double[::1] gamma,
+    const double[:, ::1] sums, double count, cnp.ndarray dx not None, int num_threads,
+):
+    """The gradient of the input from the two sums; see `bncore.reference.apply`."""
+    if not cnp.PyArray_SIZE(x):
+        return
+    cdef GradientParameters parameters
+    parameters.mean, parameters.mean_lo = pointer(mean), pointer(mean_lo)
+    parameters.inv_std, parameters.gamma = pointer(inv_std), pointer(gamma)
+    parameters.sum_dy = parameters.sum_dy_xhat = NULL
+    if sums is not None:
+        parameters.sum_dy, parameters.sum_dy_xhat = &sums[0, 0], &sums[1, 0]
+    parameters.count = count
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        apply_as(<float*> NULL, dy, x, parameters, dx, num_threads)
+    elif kind == FLOAT64:
+        apply_as(<double*> NULL, dy, x, parameters, dx, num_threads)
+    elif kind == FLOAT16:
+        apply_as(<Half*> NULL, dy, x, parameters, dx, num_threads)
+    else:
+        apply_as(<BFloat16*> NULL, dy, x, parameters, dx, num_threads)
+
+
+cdef int backward_with_scratch(
+    View[element] dy, View[element] x, Shape shape, const double* stats, const double* gamma,
+    double count, View[element] dx, double* sums, int num_threads,
+) except -1:
+    """`differentiate` with its scratch, and the statistics that a forward pass wrote."""
+    cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef GradientParameters parameters
+    parameters.mean, parameters.mean_lo = stats, stats + shape.channels
+    parameters.inv_std, parameters.gamma = stats + 3 * shape.channels, gamma
+    parameters.sum_dy, parameters.sum_dy_xhat = sums, sums + shape.channels
+    parameters.count = count
+    cdef SumPair* partial = scratch_for(grid)
+    with nogil:
+        differentiate(
+            grid, read_only(dy), read_only(x), parameters, partial, dx, sums,
+            sums + shape.channels, num_threads,
+        )
+    PyMem_Free(partial)
+    return 0
+
+
+cdef int backward_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, const double[:, ::1] stats,
+    const double[::1] gamma, double count, cnp.ndarray dx, double[:, ::1] sums, int num_threads,
+) except -1:
+    return backward_with_scratch(
+        view_of(dy, like), view_of(x, like), shape_of(x), &stats[0, 0], pointer(gamma), count,
+        view_of(dx, like), &sums[0, 0], num_threads,
+    )
+
+
+def backward(
+    cnp.ndarray dy not None, cnp.ndarray x not None, const double[:, ::1] stats not None,
+    const double[::1] gamma, double count, cnp.ndarray dx not None, double[:, ::1] sums not None,
+    int num_threads,
+):
+    """`reduce` and `apply` at once; see `bncore.reference.backward`."""
+    if not cnp.PyArray_SIZE(x):
+        sums[:, :] = 0
+        return
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        backward_as(<float*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+    elif kind == FLOAT64:
+        backward_as(<double*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+    elif kind == FLOAT16:
+        backward_as(<Half*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+    else:
+        backward_as(<BFloat16*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+
+
+cdef int backward_plain_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, const double* stats,
+    const double* gamma, cnp.ndarray dx, double* sums, int num_threads,
+) except -1:
+    return backward_with_scratch(
+        plain_view(dy, shape, like), plain_view(x, shape, like), shape, stats, gamma,
+        <double> (shape.outer * shape.inner), plain_view(dx, shape, like), sums,
+        worth(shape, num_threads),
+    )
+
+
+def backward_plain(
+    dy, x, cnp.ndarray stats not None, gamma, beta, tuple axes not None, out, int num_threads
+):
+    """`backward` for plain arguments; None where it declines them, else dx, dgamma, dbeta."""
+    cdef Shape shape
+    if not (
+        len(axes) == 1
+        and plain_input(x, axes[0], &shape)
+        and plain_like(dy, <cnp.ndarray> x)
+        and plain_parameter(gamma, shape.channels)
+        and plain_parameter(beta, shape.channels)
+        and plain_output(out, <cnp.ndarray> x)
+        and same_or_apart(out, dy)
+        and apart(out, gamma)
+        and apart(out, beta)
+    ):
+        return None
+    cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    cdef double* converted = <double*> PyMem_Malloc(3 * shape.channels * sizeof(double))
+    if not converted:
+        raise MemoryError("no memory for the sums of batch_norm_backward")
+    cdef double* sums = converted + shape.channels
+    cdef const double* statistics = <const double*> cnp.PyArray_DATA(stats)
+    cdef const double* gammas = as_doubles(gamma, converted)
+    try:
+        if shape.type_number == cnp.NPY_FLOAT:
+            backward_plain_as(
+                <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, dx,
+                sums, num_threads,
+            )
+        else:
+            backward_plain_as(
+                <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, dx,
+                sums, num_threads,
+            )
+        return dx, gradient_like(gamma, sums + shape.channels), gradient_like(beta, sums)
+    finally:
+        PyMem_Free(converted)

@@ -1,0 +1,324 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=True
+# distutils: language=c++
+"""y from x: by the batch's own statistics, or by given ones.
+
+Batch norm moves memory, so the training pass is arranged by where the data is.  Where a group of
+channels fits in a core's cache, one thread sums it and normalizes it at once, so that memory is
+read once and written once.  Where it does not, all threads sum, then all normalize.  Both walk
+the same grid with the same arithmetic and give the same bits.
+"""
+
+cimport numpy as cnp
+from cpython.float cimport PyFloat_AS_DOUBLE
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cython.parallel cimport parallel, prange
+from libc.math cimport sqrt
+
+from arguments cimport (
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, epilogue_of, fresh_like, kind_of,
+    no_epilogue, plain_eps, plain_input, plain_output, plain_parameter, plain_view, pointer, read_only,
+    shape_of, view_of, worth,
+)
+from blocks cimport (
+    BFloat16, Epilogue, Grid, Half, NormalizeParameters, SumPair, View, element, map_grid,
+    moments_block, normalize_block, pilot, sum_grid,
+)
+from merge cimport finish_inv_std, finish_moments
+from traffic cimport is_resident, is_streamed
+
+cnp.import_array()
+
+
+cdef void normalize_batch(
+    const Grid& grid,
+    View[const element] x,          # (N, C, S)
+    View[const element] residual,   # (N, C, S) or NULL
+    const double* gamma,            # (C,) or NULL
+    const double* beta,             # (C,) or NULL
+    Epilogue epilogue,
+    double eps,
+    SumPair* partial,               # (blocks, C), scratch
+    double* shift,                  # (C,), scratch
+    View[element] y,                # (N, C, S)
+    double* stats,                  # (4, C): mean, mean_lo, var, inv_std
+    int num_threads,
+) noexcept nogil:
+    """y = activation(gamma (x - mean) inv_std + beta + residual)"""
+    cdef ptrdiff_t c, group, block, cell, channels = grid.channels
+    cdef double* mean = stats
+    cdef double* mean_lo = stats + channels
+    cdef double* var = stats + 2 * channels
+    cdef double* inv_std = stats + 3 * channels
+    cdef NormalizeParameters parameters
+    parameters.mean, parameters.mean_lo, parameters.inv_std = mean, mean_lo, inv_std
+    parameters.gamma, parameters.beta = gamma, beta
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    if is_resident(grid, sizeof(element), num_threads):
+        for group in prange(grid.groups, schedule="dynamic", num_threads=num_threads):
+            for c in range(grid.first_channel(group), grid.last_channel(group)):
+                shift[c] = pilot(grid, x, c)
+            for block in range(grid.blocks):
+                moments_block(grid, x, shift, group, block, partial)
+            finish_moments(grid, x, partial, shift, group, mean, mean_lo, var)
+            finish_inv_std(grid, eps, group, var, inv_std)
+            for block in range(grid.blocks - 1, -1, -1):
+                normalize_block(grid, x, residual, y, parameters, epilogue, stream, group, block)
+        return
+    with parallel(num_threads=num_threads):
+        for c in prange(channels, schedule="static"):
+            shift[c] = pilot(grid, x, c)
+        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
+            moments_block(grid, x, shift, cell // grid.blocks, cell % grid.blocks, partial)
+        for group in prange(grid.groups, schedule="static"):
+            finish_moments(grid, x, partial, shift, group, mean, mean_lo, var)
+            finish_inv_std(grid, eps, group, var, inv_std)
+        for cell in prange(grid.groups * grid.blocks - 1, -1, -1, schedule="dynamic"):
+            normalize_block(
+                grid, x, residual, y, parameters, epilogue, stream,
+                cell // grid.blocks, cell % grid.blocks,
+            )
+
+
+cdef void normalize_fixed(
+    const Grid& grid,
+    View[const element] x,          # (N, C, S)
+    View[const element] residual,   # (N, C, S) or NULL
+    const NormalizeParameters& parameters,
+    Epilogue epilogue,
+    View[element] y,                # (N, C, S)
+    int num_threads,
+) noexcept nogil:
+    """y = activation(gamma (x - mean) inv_std + beta + residual), the statistics given"""
+    cdef ptrdiff_t cell
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    for cell in prange(
+        grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
+    ):
+        normalize_block(
+            grid, x, residual, y, parameters, epilogue, stream,
+            cell // grid.blocks, cell % grid.blocks,
+        )
+
+
+cdef int batch_with_scratch(
+    View[element] x, View[element] residual, Shape shape, const double* gamma, const double* beta,
+    Epilogue epilogue, double eps, View[element] y, double* stats, int num_threads,
+) except -1:
+    """`normalize_batch` with its scratch, whose size depends on the channels."""
+    cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef size_t cells = grid.blocks * grid.channels
+    cdef void* scratch = PyMem_Malloc(cells * sizeof(SumPair) + grid.channels * sizeof(double))
+    if not scratch:
+        raise MemoryError("no memory for the sums of batch_norm")
+    cdef SumPair* partial = <SumPair*> scratch
+    cdef double* shift = <double*> (partial + cells)
+    with nogil:
+        normalize_batch(
+            grid, read_only(x), read_only(residual), gamma, beta, epilogue, eps, partial, shift,
+            y, stats, num_threads,
+        )
+    PyMem_Free(scratch)
+    return 0
+
+
+cdef int forward_as(
+    element* like, cnp.ndarray x, const double[::1] gamma, const double[::1] beta,
+    cnp.ndarray residual, Epilogue epilogue, double eps, cnp.ndarray y, double[:, ::1] stats,
+    int num_threads,
+) except -1:
+    return batch_with_scratch(
+        view_of(x, like), view_of(residual, like), shape_of(x), pointer(gamma), pointer(beta),
+        epilogue, eps, view_of(y, like), &stats[0, 0], num_threads,
+    )
+
+
+def forward(
+    cnp.ndarray x not None, weight, const double[::1] gamma, const double[::1] beta,
+    cnp.ndarray residual, activation, double eps, cnp.ndarray y not None,
+    double[:, ::1] stats not None, int num_threads,
+):
+    """Normalize by the batch's own statistics; see `bncore.reference.forward`."""
+    if not cnp.PyArray_SIZE(x):
+        stats[:3, :] = 0
+        stats[3, :] = 1 / sqrt(eps)
+        return
+    cdef Epilogue epilogue = epilogue_of(activation)
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        forward_as(<float*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads)
+    elif kind == FLOAT64:
+        forward_as(<double*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads)
+    elif kind == FLOAT16:
+        forward_as(<Half*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads)
+    else:
+        forward_as(
+            <BFloat16*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads
+        )
+
+
+def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
+    """`forward` for plain arguments; None where it declines them.
+
+    Returns
+    -------
+    tuple or None
+        y, the (4, C) statistics, the channel axis and the number of values per channel.
+    """
+    cdef Shape shape
+    if not (
+        plain_input(x, axis, &shape)
+        and plain_parameter(gamma, shape.channels)
+        and plain_parameter(beta, shape.channels)
+        and plain_eps(eps)
+        and plain_output(out, <cnp.ndarray> x)
+        and apart(out, gamma)
+        and apart(out, beta)
+    ):
+        return None
+    cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    cdef cnp.npy_intp stats_shape[2]
+    stats_shape[0], stats_shape[1] = 4, shape.channels
+    cdef cnp.ndarray stats = cnp.PyArray_EMPTY(2, stats_shape, cnp.NPY_DOUBLE, 0)
+    cdef double* converted = <double*> PyMem_Malloc(2 * shape.channels * sizeof(double))
+    if not converted:
+        raise MemoryError("no memory for the parameters of batch_norm")
+    cdef const double* gammas = as_doubles(gamma, converted)
+    cdef const double* betas = as_doubles(beta, converted + shape.channels)
+    cdef double* results = <double*> cnp.PyArray_DATA(stats)
+    try:
+        if shape.type_number == cnp.NPY_FLOAT:
+            forward_plain_as(
+                <float*> NULL, <cnp.ndarray> x, shape, gammas, betas, PyFloat_AS_DOUBLE(eps), y,
+                results, num_threads,
+            )
+        else:
+            forward_plain_as(
+                <double*> NULL, <cnp.ndarray> x, shape, gammas, betas, PyFloat_AS_DOUBLE(eps), y,
+                results, num_threads,
+            )
+    finally:
+        PyMem_Free(converted)
+    return y, stats, shape.axis, <double> (shape.outer * shape.inner)
+
+
+cdef int forward_plain_as(
+    element* like, cnp.ndarray x, Shape shape, const double* gamma, const double* beta, double eps,
+    cnp.ndarray y, double* stats, int num_threads,
+) except -1:
+    cdef View[element] none
+    none.data = NULL
+    return batch_with_scratch(
+        plain_view(x, shape, like), none, shape, gamma, beta, no_epilogue(), eps,
+        plain_view(y, shape, like), stats, worth(shape, num_threads),
+    )
+
+
+cdef int normalize_as(
+    element* like, cnp.ndarray x, NormalizeParameters parameters, cnp.ndarray residual,
+    Epilogue epilogue, cnp.ndarray y, int num_threads,
+) except -1:
+    cdef Shape shape = shape_of(x)
+    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef View[element] x_view = view_of(x, like), y_view = view_of(y, like)
+    cdef View[element] residual_view = view_of(residual, like)
+    with nogil:
+        normalize_fixed(
+            grid, read_only(x_view), read_only(residual_view), parameters, epilogue, y_view,
+            num_threads,
+        )
+    return 0
+
+
+def normalize(
+    cnp.ndarray x not None, const double[::1] mean not None, const double[::1] mean_lo,
+    const double[::1] inv_std not None, const double[::1] gamma, const double[::1] beta,
+    cnp.ndarray residual, activation, cnp.ndarray y not None, int num_threads,
+):
+    """Normalize by given statistics; see `bncore.reference.normalize`."""
+    if not cnp.PyArray_SIZE(x):
+        return
+    cdef Epilogue epilogue = epilogue_of(activation)
+    cdef NormalizeParameters parameters
+    parameters.mean, parameters.mean_lo = pointer(mean), pointer(mean_lo)
+    parameters.inv_std = pointer(inv_std)
+    parameters.gamma, parameters.beta = pointer(gamma), pointer(beta)
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        normalize_as(<float*> NULL, x, parameters, residual, epilogue, y, num_threads)
+    elif kind == FLOAT64:
+        normalize_as(<double*> NULL, x, parameters, residual, epilogue, y, num_threads)
+    elif kind == FLOAT16:
+        normalize_as(<Half*> NULL, x, parameters, residual, epilogue, y, num_threads)
+    else:
+        normalize_as(<BFloat16*> NULL, x, parameters, residual, epilogue, y, num_threads)
+
+
+def normalize_plain(x, mean, var, gamma, beta, axis, eps, out, int num_threads):
+    """`normalize` for plain arguments; None where it declines them, else y."""
+    cdef Shape shape
+    if not (
+        plain_input(x, axis, &shape)
+        and mean is not None
+        and var is not None
+        and plain_parameter(mean, shape.channels)
+        and plain_parameter(var, shape.channels)
+        and plain_parameter(gamma, shape.channels)
+        and plain_parameter(beta, shape.channels)
+        and plain_eps(eps)
+        and plain_output(out, <cnp.ndarray> x)
+        and apart(out, mean)
+        and apart(out, var)
+        and apart(out, gamma)
+        and apart(out, beta)
+    ):
+        return None
+    cdef ptrdiff_t c, channels = shape.channels
+    cdef double* converted = <double*> PyMem_Malloc(5 * channels * sizeof(double))
+    if not converted:
+        raise MemoryError("no memory for the parameters of batch_norm_inference")
+    cdef NormalizeParameters parameters
+    cdef double* inv_std = converted + 4 * channels
+    cdef const double* variances = as_doubles(var, converted + channels)
+    cdef double offset = PyFloat_AS_DOUBLE(eps)
+    cdef bint negative = False
+    cdef cnp.ndarray y
+    try:
+        for c in range(channels):
+            negative |= variances[c] < 0
+            inv_std[c] = 1 / sqrt(variances[c] + offset)
+        if negative:
+            return None
+        parameters.mean = as_doubles(mean, converted)
+        parameters.mean_lo = NULL
+        parameters.inv_std = inv_std
+        parameters.gamma = as_doubles(gamma, converted + 2 * channels)
+        parameters.beta = as_doubles(beta, converted + 3 * channels)
+        y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+        if shape.type_number == cnp.NPY_FLOAT:
+            normalize_plain_as(
+                <float*> NULL, <cnp.ndarray> x, shape, parameters, y, num_threads
+            )
+        else:
+            normalize_plain_as(
+                <double*> NULL, <cnp.ndarray> x, shape, parameters, y, num_threads
+            )
+    finally:
+        PyMem_Free(converted)
+    return y
+
+
+cdef int normalize_plain_as(
+    element* like, cnp.ndarray x, Shape shape, NormalizeParameters parameters, cnp.ndarray y,
+    int num_threads,
+) except -1:
+    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef View[element] x_view = plain_view(x, shape, like), y_view = plain_view(y, shape, like)
+    cdef View[element] none
+    none.data = NULL
+    with nogil:
+        normalize_fixed(
+            grid, read_only(x_view), read_only(none), parameters, no_epilogue(), y_view,
+            worth(shape, num_threads),
+        )
+    return 0

@@ -1,0 +1,332 @@
+/* Vectors and element types: the one place that knows the instruction set.
+ *
+ * Arithmetic is written with the compilers' vector extensions, which give AVX-512, AVX2, SSE or
+ * NEON code from one source by the flags of the tier; intrinsics stand only where the extensions
+ * have no word: partial loads and stores, streaming stores, half precision.
+ *
+ * An element type T (float, double, Half, BFloat16) has two vector views:
+ *   Wide  - kWide elements as float64, for sums
+ *   Vec   - kLanes elements in the type of the apply loops (float64 for double, else float32)
+ */
+#ifndef BNCORE_SIMD_H
+#define BNCORE_SIMD_H
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__GNUC__) && !defined(__clang__)
+/* gcc's own header starts some results as "undefined" and then warns of it. */
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#define BNCORE_X86 1
+#endif
+
+namespace bncore {
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int kWide = kVectorBytes / 8;   // float64 in a vector
+constexpr int kFloats = kVectorBytes / 4; // float32 in a vector
+
+typedef double Wide __attribute__((vector_size(kVectorBytes)));
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2))); // kWide floats
+typedef int64_t WideMask __attribute__((vector_size(kVectorBytes)));
+typedef int32_t FloatsMask __attribute__((vector_size(kVectorBytes)));
+
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+template <class V, class T>
+inline V load_unaligned(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+inline void store_unaligned(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+/* gcc 12 splits __builtin_convertvector into halves, hence the intrinsics. */
+inline Wide to_wide(HalfFloats v) {
+#if defined(__AVX512VL__)
+  return (Wide)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, Wide);
+#endif
+}
+
+template <class T>
+inline void stream_vector(T* p, Floats v) {
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#elif defined(BNCORE_X86)
+  _mm_stream_ps(reinterpret_cast<float*>(p), (__m128)v);
+#else
+  store_unaligned(p, v);
+#endif
+}
+
+/* Streaming stores are weakly ordered: a fence makes them visible before a barrier. */
+inline void stream_fence() {
+#if defined(BNCORE_X86)
+  _mm_sfence();
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512VL__)
+/* A mask of the first k of 8 (float32) or 4 (float64) lanes. */
+inline __m256i first_lanes(int k, int bytes) {
+  alignas(32) static const int32_t ones_then_zeros[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                          0,  0,  0,  0,  0,  0,  0,  0};
+  const int32_t* start = ones_then_zeros + 8 - k * (bytes / 4);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start));
+}
+#endif
+
+/* -------------------------------------------------------------------------------- elements */
+
+template <class T> struct Element;
+
+template <> struct Element<float> {
+  typedef float Real;
+  typedef Floats Vec;
+  typedef FloatsMask Mask;
+  static constexpr int kLanes = kFloats;
+
+  static double wide(float v) { return v; }
+  static Real real(float v) { return v; }
+  static float narrow(Real v) { return v; }
+
+  static Wide load_wide(const float* p) { return to_wide(load_unaligned<HalfFloats>(p)); }
+  static Vec load(const float* p) { return load_unaligned<Vec>(p); }
+  static void store(float* p, Vec v) { store_unaligned(p, v); }
+  static void stream(float* p, Vec v) { stream_vector(p, v); }
+
+  /* The first k lanes; the others are 0. */
+  static Vec load_part(const float* p, int k) {
+#if defined(__AVX512VL__)
+    return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << k) - 1), p);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_maskload_ps(p, first_lanes(k, 4));
+#else
+    Vec v = {};
+    for (int i = 0; i < k; ++i) v[i] = p[i];
+    return v;
+#endif
+  }
+  static void store_part(float* p, Vec v, int k) {
+#if defined(__AVX512VL__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << k) - 1), (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_maskstore_ps(p, first_lanes(k, 4), (__m256)v);
+#else
+    for (int i = 0; i < k; ++i) p[i] = v[i];
+#endif
+  }
+};
+
+template <> struct Element<double> {
+  typedef double Real;
+  typedef Wide Vec;
+  typedef WideMask Mask;
+  static constexpr int kLanes = kWide;
+
+  static double wide(double v) { return v; }
+  static Real real(double v) { return v; }
+  static double narrow(Real v) { return v; }
+
+  static Wide load_wide(const double* p) { return load_unaligned<Wide>(p); }
+  static Vec load(const double* p) { return load_unaligned<Vec>(p); }
+  static void store(double* p, Vec v) { store_unaligned(p, v); }
+  static void stream(double* p, Vec v) { stream_vector(p, (Floats)v); }
+
+  static Vec load_part(const double* p, int k) {
+#if defined(__AVX512VL__)
+    return (Vec)_mm512_maskz_loadu_pd((__mmask8)((1u << k) - 1), p);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_maskload_pd(p, first_lanes(k, 8));
+#else
+    Vec v = {};
+    for (int i = 0; i < k; ++i) v[i] = p[i];
+    return v;
+#endif
+  }
+  static void store_part(double* p, Vec v, int k) {
+#if defined(__AVX512VL__)
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << k) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+    _mm256_maskstore_pd(p, first_lanes(k, 8), (__m256d)v);
+#else
+    for (int i = 0; i < k; ++i) p[i] = v[i];
+#endif
+  }
+};
+
+/* Half formats: computed as float32, rounded to nearest even on the way out.  B gives the two
+ * conversions of a vector of kFloats 16-bit patterns. */
+
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+
+inline Floats widen(Bits16 v, BFloat16) {
+  return (Floats)(__builtin_convertvector(v, Bits32) << 16);
+}
+
+inline Bits16 narrow(Floats v, BFloat16) {
+  Bits32 bits = (Bits32)v;
+  Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Bits32 quiet_nan = (bits >> 16) | 0x40;
+  Bits32 is_nan = (Bits32)(v != v);
+  return __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), Bits16);
+}
+
+inline Floats widen(Bits16 v, Half) {
+#if defined(__AVX512VL__)
+  return (Floats)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtph_ps((__m128i)v);
+#else
+  /* Place exponent and mantissa, then let one multiplication renormalize, subnormals included. */
+  Bits32 bits = __builtin_convertvector(v, Bits32);
+  Bits32 magnitude = (bits & 0x7fff) << 13;
+  Bits32 is_special = (Bits32)((bits & 0x7c00) == 0x7c00);
+  Floats scaled = (Floats)magnitude * 0x1p112f;
+  Bits32 special = magnitude | 0x7f800000;
+  Bits32 value = (is_special & special) | (~is_special & (Bits32)scaled);
+  return (Floats)(value | ((bits & 0x8000) << 16));
+#endif
+}
+
+inline Bits16 narrow(Floats v, Half) {
+#if defined(__AVX512VL__)
+  return (Bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Bits32 bits = (Bits32)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  /* Normal results round in integers; subnormal ones by adding a number whose last place is
+   * theirs; from 65520 on the result is infinite. */
+  Bits32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  Bits32 subnormal = (Bits32)((Floats)magnitude + 0.5f) - 0x3f000000;
+  Bits32 is_small = (Bits32)(magnitude < 0x38800000), is_large = (Bits32)(magnitude >= 0x477ff000);
+  Bits32 is_nan = (Bits32)(magnitude > 0x7f800000);
+  Bits32 half = (is_small & subnormal) | (~is_small & normal);
+  half = (is_large & 0x7c00) | (~is_large & half);
+  half = (is_nan & (0x7e00 | ((magnitude >> 13) & 0x3ff))) | (~is_nan & half);
+  return __builtin_convertvector(half | sign, Bits16);
+#endif
+}
+
+template <class T> struct SixteenBit {
+  typedef float Real;
+  typedef Floats Vec;
+  typedef FloatsMask Mask;
+  static constexpr int kLanes = kFloats;
+
+  static Vec load(const T* p) { return widen(load_unaligned<Bits16>(p), T()); }
+  static void store(T* p, Vec v) { store_unaligned(p, bncore::narrow(v, T())); }
+  static void stream(T* p, Vec v) {
+    Bits16 bits = bncore::narrow(v, T());
+#if defined(__AVX512VL__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)bits);
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)bits);
+#else
+    store_unaligned(p, bits);
+#endif
+  }
+  static Vec load_part(const T* p, int k) {
+    Bits16 bits = {};
+    std::memcpy(&bits, p, k * sizeof(T));
+    return widen(bits, T());
+  }
+  static void store_part(T* p, Vec v, int k) {
+    Bits16 bits = bncore::narrow(v, T());
+    std::memcpy(p, &bits, k * sizeof(T));
+  }
+  static Wide load_wide(const T* p) {
+    Bits16 bits = {};
+    std::memcpy(&bits, p, kWide * sizeof(T));
+    Floats v = widen(bits, T());
+    HalfFloats low;
+    std::memcpy(&low, &v, sizeof(low));
+    return to_wide(low);
+  }
+  static Real real(T v) {
+    Bits16 bits = {};
+    bits[0] = v.bits;
+    return widen(bits, T())[0];
+  }
+  static double wide(T v) { return real(v); }
+  static T narrow(Real v) {
+    Floats vector = {};
+    vector[0] = v;
+    return T{static_cast<uint16_t>(bncore::narrow(vector, T())[0])};
+  }
+};
+
+template <> struct Element<Half> : SixteenBit<Half> {};
+template <> struct Element<BFloat16> : SixteenBit<BFloat16> {};
+
+/* The first k of kWide elements as float64; the others are 0. */
+template <class T>
+inline Wide load_wide_part(const T* p, int k) {
+  Wide v = {};
+  for (int i = 0; i < k; ++i) v[i] = Element<T>::wide(p[i]);
+  return v;
+}
+
+#if defined(__AVX512VL__)
+template <>
+inline Wide load_wide_part<float>(const float* p, int k) {
+  return (Wide)_mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)((1u << k) - 1), p));
+}
+template <>
+inline Wide load_wide_part<double>(const double* p, int k) {
+  return Element<double>::load_part(p, k);
+}
+/* v in the first k lanes, 0 in the others. */
+inline Wide keep_first(Wide v, int k) {
+  return (Wide)_mm512_maskz_mov_pd((__mmask8)((1u << k) - 1), (__m512d)v);
+}
+#else
+inline Wide keep_first(Wide v, int k) {
+  for (int i = k; i < kWide; ++i) v[i] = 0;
+  return v;
+}
+#endif
+
+template <bool Whole, class T>
+inline Wide load_wide(const T* p, int k) {
+  return Whole ? Element<T>::load_wide(p) : load_wide_part(p, k);
+}
+
+/* The lanes' sum, in halves: a fixed order. */
+inline double lane_sum(Wide v) {
+  double parts[kWide];
+  std::memcpy(parts, &v, sizeof(v));
+  for (int half = kWide / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+} // namespace bncore
+
+#endif

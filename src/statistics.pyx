@@ -1,0 +1,119 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=True
+# distutils: language=c++
+"""Per-channel moments.
+
+Deviations from a value near the mean are summed in float64 with their squares, cell by cell of a
+grid that depends on the shape alone; the cells' sums are merged in order, in twofold arithmetic.
+One reading of the data suffices, except where that value was no good guess (`merge.pxd`).
+"""
+
+cimport numpy as cnp
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cython.parallel cimport parallel, prange
+
+from arguments cimport FLOAT16, FLOAT32, FLOAT64, Kind, is_plain, kind_of, read_only, view_of
+from blocks cimport (
+    BFloat16, Grid, Half, SumPair, View, element, moments_block, pilot, sum_grid,
+)
+from merge cimport finish_moments
+
+cnp.import_array()
+
+ctypedef fused real:
+    float
+    double
+
+
+cdef void compute_moments(
+    const Grid& grid,
+    View[const element] x,      # (N, C, S)
+    SumPair* partial,           # (blocks, C), scratch
+    double* shift,              # (C,), scratch
+    double* mean,               # (C,)
+    double* mean_lo,            # (C,)
+    double* m2,                 # (C,)
+    int num_threads,
+) noexcept nogil:
+    """mean = sum x / n        m2 = sum (x - mean)^2"""
+    cdef ptrdiff_t cell, group, c
+    with nogil, parallel(num_threads=num_threads):
+        for c in prange(grid.channels, schedule="static"):
+            shift[c] = pilot(grid, x, c)
+        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
+            moments_block(grid, x, shift, cell // grid.blocks, cell % grid.blocks, partial)
+        for group in prange(grid.groups, schedule="static"):
+            finish_moments(grid, x, partial, shift, group, mean, mean_lo, m2)
+
+
+cdef int moments_as(element* like, cnp.ndarray x, double[:, ::1] stats, int num_threads) except -1:
+    cdef View[element] view = view_of(x, like)
+    cdef Grid grid = sum_grid(
+        cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2), sizeof(element)
+    )
+    cdef size_t cells = grid.blocks * grid.channels
+    cdef void* scratch = PyMem_Malloc(cells * sizeof(SumPair) + grid.channels * sizeof(double))
+    if not scratch:
+        raise MemoryError("no memory for the sums of moments")
+    cdef SumPair* partial = <SumPair*> scratch
+    with nogil:
+        compute_moments(
+            grid, read_only(view), partial, <double*> (partial + cells), &stats[0, 0],
+            &stats[1, 0], &stats[2, 0], num_threads,
+        )
+    PyMem_Free(scratch)
+    return 0
+
+
+def moments(cnp.ndarray x not None, weight, double[:, ::1] stats not None, int num_threads):
+    """Per-channel mean and sum of squared deviations; see `bncore.reference.moments`."""
+    if not cnp.PyArray_SIZE(x):
+        stats[:, :] = 0
+        return
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        moments_as(<float*> NULL, x, stats, num_threads)
+    elif kind == FLOAT64:
+        moments_as(<double*> NULL, x, stats, num_threads)
+    elif kind == FLOAT16:
+        moments_as(<Half*> NULL, x, stats, num_threads)
+    else:
+        moments_as(<BFloat16*> NULL, x, stats, num_threads)
+
+
+cdef void move(
+    real* running,          # (C,)
+    const double* batch,    # (C,)
+    double momentum,
+    double factor,
+    ptrdiff_t channels,
+) noexcept nogil:
+    """r <- (1 - momentum) r + momentum factor s"""
+    cdef ptrdiff_t c
+    for c in range(channels):
+        running[c] = <real> ((1 - momentum) * running[c] + momentum * (batch[c] * factor))
+
+
+def move_running_plain(
+    cnp.ndarray running_mean not None, cnp.ndarray running_var not None,
+    cnp.ndarray stats not None, double momentum, double unbias,
+):
+    """`bncore.reference.move_running` for plain arrays; False where it declines them."""
+    if not (
+        is_plain(running_mean)
+        and is_plain(running_var)
+        and cnp.PyArray_TYPE(running_mean) == cnp.PyArray_TYPE(running_var)
+        and cnp.PyArray_ISWRITEABLE(running_mean)
+        and cnp.PyArray_ISWRITEABLE(running_var)
+    ):
+        return False
+    cdef ptrdiff_t channels = cnp.PyArray_DIM(stats, 1)
+    cdef const double* mean = <const double*> cnp.PyArray_DATA(stats)
+    cdef const double* var = mean + 2 * channels
+    if cnp.PyArray_TYPE(running_mean) == cnp.NPY_FLOAT:
+        move(<float*> cnp.PyArray_DATA(running_mean), mean, momentum, 1.0, channels)
+        move(<float*> cnp.PyArray_DATA(running_var), var, momentum, unbias, channels)
+    else:
+        move(<double*> cnp.PyArray_DATA(running_mean), mean, momentum, 1.0, channels)
+        move(<double*> cnp.PyArray_DATA(running_var), var, momentum, unbias, channels)
+    return True

@@ -1,0 +1,201 @@
+/* Sums: two at a time, in float64, in an order that the lengths alone decide.
+ *
+ * Every statistic here is a pair of sums over a channel's values:
+ *   forward   first = sum d        second = sum d^2       d = x - shift
+ *   backward  first = sum dy       second = sum dy d      d = (x - mean) - mean_lo
+ * Terms go into kChains independent vectors, so that additions overlap; a chunk of at most
+ * kChunk terms is then folded lane by lane, and chunks are added in twofold arithmetic. An error
+ * bound follows: a lane holds few terms, and beyond a chunk nothing is lost.
+ */
+#ifndef BNCORE_SUMS_H
+#define BNCORE_SUMS_H
+
+#include "simd.h"
+
+namespace bncore {
+
+constexpr int kChains = 4;
+
+/* Terms in a chunk: float64 input needs short chains for its 1e-14, others need not. */
+template <class T> constexpr ptrdiff_t kChunk = 16384;
+template <> inline constexpr ptrdiff_t kChunk<double> = 2048;
+
+/* An unevaluated sum hi + lo. */
+struct Twofold {
+  double hi, lo;
+
+  /* Knuth's two-sum; a non-finite sum keeps no error term. */
+  void add(double v) {
+    double total = hi + v, taken = total - hi;
+    double error = (hi - (total - taken)) + (v - taken);
+    lo += error - error == 0 ? error : 0;
+    hi = total;
+  }
+  void add(Twofold other) {
+    add(other.hi);
+    lo += other.lo;
+  }
+};
+
+/* The two sums of one channel over one block of positions. */
+struct SumPair {
+  Twofold first, second;
+};
+
+inline void add(SumPair* total, const SumPair& more) {
+  total->first.add(more.first);
+  total->second.add(more.second);
+}
+
+struct Accumulator {
+  Wide first[kChains], second[kChains];
+
+  void fold_into(SumPair* sums) const {
+    sums->first.add(lane_sum((first[0] + first[1]) + (first[2] + first[3])));
+    sums->second.add(lane_sum((second[0] + second[1]) + (second[2] + second[3])));
+  }
+};
+
+/* What a row adds to the sums: term pairs of the elements at i. */
+template <class T> struct Deviations {
+  const T* x;
+  double shift;
+
+  void prefetch(ptrdiff_t i, ptrdiff_t ahead) const { __builtin_prefetch(x + i + ahead); }
+  void full(ptrdiff_t i, Wide* first, Wide* second) const {
+    Wide d = Element<T>::load_wide(x + i) - shift;
+    *first += d;
+    *second += d * d;
+  }
+  void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
+    Wide d = keep_first(load_wide_part(x + i, k) - shift, k);
+    *first += d;
+    *second += d * d;
+  }
+};
+
+template <class T> struct GradientTerms {
+  const T* dy;
+  const T* x;
+  double mean, mean_lo;
+
+  void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
+    __builtin_prefetch(x + i + ahead);
+    __builtin_prefetch(dy + i + ahead);
+  }
+  void full(ptrdiff_t i, Wide* first, Wide* second) const {
+    Wide g = Element<T>::load_wide(dy + i);
+    *first += g;
+    *second += g * ((Element<T>::load_wide(x + i) - mean) - mean_lo);
+  }
+  void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
+    Wide g = load_wide_part(dy + i, k);
+    *first += g;
+    *second += g * keep_first((load_wide_part(x + i, k) - mean) - mean_lo, k);
+  }
+};
+
+/* Add n contiguous elements to the accumulator; fetch those `ahead` elements further on. */
+template <class Terms>
+inline void add_row(const Terms& terms, ptrdiff_t n, ptrdiff_t ahead, Accumulator* sums) {
+  Accumulator local = *sums;
+  constexpr ptrdiff_t step = kChains * kWide;
+  ptrdiff_t i = 0;
+  for (; i + step <= n; i += step) {
+    terms.prefetch(i, ahead);
+    if (kVectorBytes == 64) terms.prefetch(i + step / 2, ahead);
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain)
+      terms.full(i + chain * kWide, &local.first[chain], &local.second[chain]);
+  }
+  /* Constant indices only: they keep the accumulators in registers. */
+  constexpr int last = kChains - 1;
+#pragma GCC unroll 4
+  for (int chain = 0; chain < last; ++chain)
+    if (i + kWide <= n) {
+      terms.full(i, &local.first[chain], &local.second[chain]);
+      i += kWide;
+    }
+  if (i < n) terms.part(i, static_cast<int>(n - i), &local.first[last], &local.second[last]);
+  *sums = local;
+}
+
+/* -------------------------------------------------------------------------------- columns */
+
+/* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
+ * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
+template <class T> struct ColumnDeviations {
+  const T* x;
+  ptrdiff_t x_stride;
+  const double* shift;
+
+  void prefetch(ptrdiff_t row, ptrdiff_t c) const { __builtin_prefetch(x + row * x_stride + c); }
+
+  template <bool Whole>
+  void terms(ptrdiff_t row, ptrdiff_t c, int k, Wide* first, Wide* second) const {
+    *first = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(shift + c);
+    *second = *first * *first;
+  }
+};
+
+template <class T> struct ColumnGradientTerms {
+  const T* dy;
+  ptrdiff_t dy_stride;
+  const T* x;
+  ptrdiff_t x_stride;
+  const double* mean;
+  const double* mean_lo;
+
+  void prefetch(ptrdiff_t row, ptrdiff_t c) const {
+    __builtin_prefetch(x + row * x_stride + c);
+    __builtin_prefetch(dy + row * dy_stride + c);
+  }
+
+  template <bool Whole>
+  void terms(ptrdiff_t row, ptrdiff_t c, int k, Wide* first, Wide* second) const {
+    Wide d = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(mean + c);
+    *first = load_wide<Whole>(dy + row * dy_stride + c, k);
+    *second = *first * (d - load_unaligned<Wide>(mean_lo + c));
+  }
+};
+
+/* Rows summed as a tree before an accumulator in memory is touched. */
+constexpr int kTreeRows = 8;
+
+template <int Rows, bool Whole, class Terms>
+inline void add_tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, double* first,
+                     double* second) {
+  Wide a[Rows], b[Rows];
+  for (int r = 0; r < Rows; ++r) terms.template terms<Whole>(row + r, c, k, &a[r], &b[r]);
+  for (int half = Rows / 2; half > 0; half /= 2)
+    for (int r = 0; r < half; ++r) a[r] += a[r + half], b[r] += b[r + half];
+  store_unaligned(first + c, load_unaligned<Wide>(first + c) + a[0]);
+  store_unaligned(second + c, load_unaligned<Wide>(second + c) + b[0]);
+}
+
+template <int Rows, class Terms>
+inline void add_rows(const Terms& terms, ptrdiff_t row, ptrdiff_t channels, ptrdiff_t ahead,
+                     double* first, double* second) {
+  ptrdiff_t c = 0;
+  for (; c + kWide <= channels; c += kWide) {
+    if (ahead)
+      for (int r = 0; r < Rows; ++r) terms.prefetch(row + r + ahead, c);
+    add_tree<Rows, true>(terms, row, c, kWide, first, second);
+  }
+  if (c < channels)
+    add_tree<Rows, false>(terms, row, c, static_cast<int>(channels - c), first, second);
+}
+
+/* Add `rows` rows of `channels` channels to first[c] and second[c]; fetch those `ahead` rows on. */
+template <class Terms>
+inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t channels, ptrdiff_t ahead,
+                        double* first, double* second) {
+  ptrdiff_t row = 0;
+  for (; row + kTreeRows <= rows; row += kTreeRows)
+    add_rows<kTreeRows>(terms, row, channels, ahead, first, second);
+  for (; row < rows; ++row) add_rows<1>(terms, row, channels, 0, first, second);
+}
+
+} // namespace bncore
+
+#endif

@@ -1,0 +1,28 @@
+# cython: language_level=3
+"""Where data is: what decides between cached and streamed ways to the same bits."""
+
+from blocks cimport Grid
+
+cdef enum:
+    # A group and its result beside it stay in a second-level cache of 1 to 2 MB.
+    RESIDENT_BYTES = 1 << 20
+    # Beyond this a result is not read back from any cache, and storing past it saves a read.
+    STREAMED_BYTES = 1 << 23
+
+
+cdef inline bint is_resident(
+    const Grid& grid, ptrdiff_t bytes_per_element, int num_threads
+) noexcept nogil:
+    """Whether groups are small enough to stay in a cache and enough to occupy the threads.
+
+    bytes_per_element counts every array that is read twice.
+    """
+    return (
+        grid.group_size() * bytes_per_element <= RESIDENT_BYTES
+        and (num_threads == 1 or grid.groups >= 4 * num_threads)
+    )
+
+
+cdef inline bint is_streamed(const Grid& grid, ptrdiff_t bytes_per_element) noexcept nogil:
+    """Whether a result of this size should go past the caches."""
+    return grid.outer * grid.channels * grid.inner * bytes_per_element > STREAMED_BYTES
