@@ -1,0 +1,1 @@
+"""Compiled kernels: a subpackage per instruction-set tier, all of the same sources."""
