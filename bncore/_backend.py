@@ -185,11 +185,12 @@ def _fallback_message(reasons: dict[str, str | None]) -> str:
 
 
 def _why_no_runtime() -> str:
-    root = Path(__file__).parent.parent
-    if (root / "src" / "runtime.pyx").exists():
+    package = Path(__file__).parent
+    is_source = (package.parent / "src" / "runtime.pyx").exists()
+    if is_source and not any(package.glob("_runtime.*.so")):
         return (
-            f"bncore was imported from its source tree {root}, where nothing is compiled; "
-            "`pip install .` and run from another directory, or use the `bncore` command"
+            f"bncore was imported from its source tree {package.parent}, where nothing is "
+            "compiled; `pip install .` and run from another directory, or use the `bncore` command"
         )
     return f"the compiled modules can't be loaded: {_runtime_error}"
 
