@@ -15,6 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 
+PACKED = 128
+"""Rows (of inner positions, or of channels where there are none) shorter than this lie side by
+side: the kernels take several of them at a time."""
+
+
 class Layout(NamedTuple):
     """How an array's axes map to ``(N, C, S)``."""
 
@@ -59,9 +64,10 @@ def has_view(array: np.ndarray, layout: Layout) -> bool:
     if any(stride is None or stride % array.itemsize for stride in strides):
         return False
     n, c, s = layout.shape
+    outer, channel, inner = (stride // array.itemsize for stride in strides)
     if s > 1:
-        return strides[2] == array.itemsize
-    return c == 1 or strides[1] == array.itemsize
+        return inner == 1 and (s >= PACKED or c == 1 or channel == s)
+    return (c == 1 or channel == 1) and (c >= PACKED or n == 1 or outer == c)
 
 
 def to_kernel(array: np.ndarray, layout: Layout) -> np.ndarray:

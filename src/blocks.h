@@ -4,30 +4,37 @@
  * from the shape alone, never from the number of threads, and a cell's sums go to a place of
  * their own, so the bits of a result do not depend on who computed which cell.
  *
- *   rows     S > 1: each channel has contiguous rows of S values
- *   columns  S = 1: channels lie side by side
+ *   rows     each channel has contiguous rows of S values; a row is summed into one accumulator
+ *   columns  channels lie side by side (S = 1), or planes so small that a group of them is taken
+ *            as one line of memory: every place on the line has an accumulator of its own, and
+ *            places of one channel are folded at the end. Lines shorter than a few vectors are
+ *            taken several at a time.
  */
 #ifndef BNCORE_BLOCKS_H
 #define BNCORE_BLOCKS_H
+
+#include <cmath>
 
 #include "maps.h"
 #include "sums.h"
 
 namespace bncore {
 
-constexpr ptrdiff_t kMaxWidth = 512;    // channels in a group of columns
-constexpr ptrdiff_t kMaxRowsWidth = 16; // channels in a group of rows
-constexpr ptrdiff_t kPad = 16;          // elements beyond a per-channel array's end
+constexpr ptrdiff_t kMaxLine = 512;      // places on a line of columns
+constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels in a group of rows
+constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
+constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
 
 inline ptrdiff_t clamp(ptrdiff_t v, ptrdiff_t low, ptrdiff_t high) {
   return v > high ? high : v < low ? low : v;
 }
 
 struct Grid {
-  ptrdiff_t outer, channels, inner;         // N, C, S
-  ptrdiff_t width, groups;                  // channels in a group; groups
-  ptrdiff_t segment, segments, positions;   // elements of a row taken at once; N * segments
-  ptrdiff_t blocks;                         // parts of the positions
+  ptrdiff_t outer, channels, inner;       // N, C, S
+  ptrdiff_t width, groups;                // channels in a group; groups
+  ptrdiff_t segment, segments, positions; // elements of a row taken at once; N * segments
+  ptrdiff_t blocks;                       // parts of the positions
+  ptrdiff_t tile;                         // lines taken at once
   bool columns;
 
   ptrdiff_t first_channel(ptrdiff_t group) const { return group * width; }
@@ -42,23 +49,33 @@ struct Grid {
   void cut(ptrdiff_t itemsize, ptrdiff_t cell, ptrdiff_t max_blocks) {
     if (width > channels) width = channels;
     groups = (channels + width - 1) / width;
-    segment = clamp(inner, 1, itemsize == 8 ? kChunk<double> : 8192);
+    segment = columns ? inner : clamp(inner, 1, itemsize == 8 ? kChunk<double> : 8192);
     segments = (inner + segment - 1) / segment;
     positions = outer * segments;
-    blocks = clamp(group_size() * itemsize / cell, 1, max_blocks < positions ? max_blocks : positions);
+    if (max_blocks > positions) max_blocks = positions;
+    blocks = clamp(group_size() * itemsize / cell, 1, max_blocks);
   }
 };
+
+/* Whether planes are so small, and so many to a channel, that columns serve them better. */
+inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner) {
+  return inner > 1 && inner < kPacked && outer >= 2 * kTreeRows;
+}
 
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
  * columns as many as keep a group in the cache, if that is four cache lines of them or more. */
 inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize) {
   constexpr ptrdiff_t page = 4096, cell = 256 * 1024, cached = 512 * 1024, max_blocks = 64;
   Grid grid = {};
-  grid.outer = outer, grid.channels = channels, grid.inner = inner;
-  grid.columns = inner == 1;
-  if (grid.columns) {
-    grid.width = clamp(cached / (outer * itemsize) / 64 * 64, 0, kMaxWidth);
-    if (grid.width == 0) grid.width = kMaxWidth;
+  grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
+  if (has_small_planes(outer, inner)) {
+    grid.columns = true;
+    grid.width = kMaxLine / inner;
+  } else if (inner == 1) {
+    grid.columns = true;
+    grid.width = clamp(cached / (outer * itemsize) / 64 * 64, 0, kMaxLine);
+    if (grid.width == 0) grid.width = kMaxLine;
+    if (channels < kPacked / 2) grid.tile = kMaxLine / 2 / channels;
   } else {
     grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
   }
@@ -68,11 +85,20 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
 
 /* The grid for maps alone: no sums to keep together, so cells are as contiguous as can be. */
 inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize) {
+  constexpr ptrdiff_t cell = 128 * 1024;
   Grid grid = {};
-  grid.outer = outer, grid.channels = channels, grid.inner = inner;
-  grid.columns = inner == 1;
-  grid.width = kMaxWidth;
-  grid.cut(itemsize, 128 * 1024, outer * inner);
+  grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
+  if (has_small_planes(outer, inner)) {
+    grid.columns = true;
+    grid.width = kMaxLine / inner;
+  } else if (inner == 1) {
+    grid.columns = true;
+    grid.width = kMaxLine;
+    if (channels < kPacked) grid.tile = kMaxLine / channels;
+  } else {
+    grid.width = clamp(cell / (inner * itemsize), 1, kMaxLine);
+  }
+  grid.cut(itemsize, cell, outer * inner);
   return grid;
 }
 
@@ -89,18 +115,45 @@ struct Epilogue {
   double a, b;
 };
 
+/* A value per place of a line from a value per channel: each channel's repeated `inner` times,
+ * the whole `tile` times. */
+template <class Real, class ValueOfChannel>
+inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
+                      Real* line) {
+  const ptrdiff_t repeat = grid.columns ? grid.inner : 1, places = channels * repeat;
+  for (ptrdiff_t c = 0; c < channels; ++c) {
+    const Real v = static_cast<Real>(value(c));
+    for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
+  }
+  for (ptrdiff_t i = places; i < grid.tile * places; ++i) line[i] = line[i - places];
+}
+
 /* ------------------------------------------------------------------------------------- sums */
+
+/* The two sums of every channel of a block, in twofold form: four rows of C values. */
+struct SumTable {
+  double *first, *first_lo, *second, *second_lo;
+
+  static SumTable of(double* partial, ptrdiff_t block, ptrdiff_t channels) {
+    double* row = partial + block * 4 * channels;
+    return {row, row + channels, row + 2 * channels, row + 3 * channels};
+  }
+};
 
 /* Terms of a forward pass: deviations from a shift per channel. */
 template <class T> struct MomentTerms {
   View<const T> x;
   const double* shift;
 
+  void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double*) const {
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return shift[first + c]; }, one);
+  }
   Deviations<T> row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     return {x.at(n, c) + s, shift[c]};
   }
-  ColumnDeviations<T> column(ptrdiff_t n, ptrdiff_t c) const {
-    return {x.at(n, c), x.n_stride, shift + c};
+  ColumnDeviations<T> column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* shifts,
+                             const double*) const {
+    return {x.at(n, c), x.n_stride * tile, shifts};
   }
 };
 
@@ -110,20 +163,25 @@ template <class T> struct BackwardTerms {
   const double* mean;
   const double* mean_lo;
 
+  void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double* two) const {
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return mean[first + c]; }, one);
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return mean_lo[first + c]; }, two);
+  }
   GradientTerms<T> row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     return {dy.at(n, c) + s, x.at(n, c) + s, mean[c], mean_lo[c]};
   }
-  ColumnGradientTerms<T> column(ptrdiff_t n, ptrdiff_t c) const {
-    return {dy.at(n, c), dy.n_stride, x.at(n, c), x.n_stride, mean + c, mean_lo + c};
+  ColumnGradientTerms<T> column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* means,
+                                const double* means_lo) const {
+    return {dy.at(n, c), dy.n_stride * tile, x.at(n, c), x.n_stride * tile, means, means_lo};
   }
 };
 
-/* sums[c - first channel] of one cell, rows. */
+/* Rows of one cell, into sums[first..last). */
 template <class T, class Terms>
 inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t first,
-                     ptrdiff_t last, ptrdiff_t block, SumPair* sums) {
+                     ptrdiff_t last, ptrdiff_t block, SumTable sums) {
   Accumulator accumulators[kMaxRowsWidth];
-  for (ptrdiff_t c = 0; c < last - first; ++c) accumulators[c] = Accumulator();
+  for (ptrdiff_t c = first; c < last; ++c) accumulators[c - first] = Accumulator();
   ptrdiff_t filled = 0;
   const ptrdiff_t end = grid.first_position(block + 1);
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
@@ -133,70 +191,75 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, p
       add_row(terms.row(n, c, s), length, 2 * n_stride, &accumulators[c - first]);
     filled += length;
     if (filled < kChunk<T> && t + 1 < end) continue;
-    for (ptrdiff_t c = 0; c < last - first; ++c) {
-      accumulators[c].fold_into(&sums[c]);
-      accumulators[c] = Accumulator();
-    }
     filled = 0;
+    for (ptrdiff_t c = first; c < last; ++c) {
+      Accumulator& full = accumulators[c - first];
+      two_sum(full.first_total(), &sums.first[c], &sums.first_lo[c]);
+      two_sum(full.second_total(), &sums.second[c], &sums.second_lo[c]);
+      full = Accumulator();
+    }
   }
 }
 
-/* sums[c - first channel] of one cell, columns. */
+/* Add the places of a line, folded by channel, to sums[first..last). */
+inline void fold_line(const Grid& grid, ptrdiff_t first, ptrdiff_t last, ptrdiff_t tile,
+                      double* line, double* sum, double* sum_lo) {
+  const ptrdiff_t channels = last - first, repeat = grid.inner, places = channels * repeat;
+  for (ptrdiff_t i = places; i < tile * places; ++i) line[i % places] += line[i];
+  for (ptrdiff_t c = 0; repeat > 1 && c < channels; ++c) {
+    double total = 0;
+    for (ptrdiff_t s = 0; s < repeat; ++s) total += line[c * repeat + s];
+    line[c] = total;
+  }
+  for (ptrdiff_t c = 0; c < channels; ++c) two_sum(line[c], &sum[first + c], &sum_lo[first + c]);
+}
+
+/* Columns of one cell, into sums[first..last). */
 template <class T, class Terms>
 inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrdiff_t last,
-                        ptrdiff_t block, SumPair* sums) {
-  constexpr ptrdiff_t chunk = kChunk<T> / (4 * kTreeRows); // a chain of additions in one lane
+                        ptrdiff_t block, SumTable sums) {
+  constexpr ptrdiff_t chain = kChunk<T> / 8; // rows summed before a fold
+  double constants[2][kMaxLine + kPad], line[2][kMaxLine + kPad];
+  terms.lines(grid, first, last, constants[0], constants[1]);
   const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
-  for (ptrdiff_t n = grid.first_position(block); n < end; n += chunk) {
-    double one[kMaxWidth + kPad], two[kMaxWidth + kPad];
-    std::memset(one, 0, (channels + kPad) * sizeof(double));
-    std::memset(two, 0, (channels + kPad) * sizeof(double));
-    const ptrdiff_t rows = end - n < chunk ? end - n : chunk;
-    add_columns(terms.column(n, first), rows, channels, kTreeRows, one, two);
-    for (ptrdiff_t c = 0; c < channels; ++c) {
-      sums[c].first.add(one[c]);
-      sums[c].second.add(two[c]);
-    }
+  ptrdiff_t n = grid.first_position(block);
+  while (n < end) {
+    /* Whole tiles first, then what is left line by line. */
+    const ptrdiff_t tile = grid.tile <= end - n ? grid.tile : 1;
+    const ptrdiff_t places = tile * channels * grid.inner, lines = clamp((end - n) / tile, 1, chain);
+    std::memset(line[0], 0, (places + kPad) * sizeof(double));
+    std::memset(line[1], 0, (places + kPad) * sizeof(double));
+    add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places, kTreeRows,
+                line[0], line[1]);
+    fold_line(grid, first, last, tile, line[0], sums.first, sums.first_lo);
+    fold_line(grid, first, last, tile, line[1], sums.second, sums.second_lo);
+    n += lines * tile;
   }
 }
 
 template <class T, class Terms>
 inline void sum_block(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t group,
-                      ptrdiff_t block, SumPair* partial) {
+                      ptrdiff_t block, double* partial) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  SumPair* sums = partial + block * grid.channels + first;
-  std::memset(static_cast<void*>(sums), 0, (last - first) * sizeof(SumPair));
+  const SumTable sums = SumTable::of(partial, block, grid.channels);
+  for (double* row : {sums.first, sums.first_lo, sums.second, sums.second_lo})
+    std::memset(row + first, 0, (last - first) * sizeof(double));
   if (grid.columns) sum_columns<T>(grid, terms, first, last, block, sums);
   else sum_rows<T>(grid, terms, n_stride, first, last, block, sums);
 }
 
+/* partial: (blocks, 4, C), see SumTable. */
 template <class T>
 inline void moments_block(const Grid& grid, View<const T> x, const double* shift, ptrdiff_t group,
-                          ptrdiff_t block, SumPair* partial) {
+                          ptrdiff_t block, double* partial) {
   sum_block<T>(grid, MomentTerms<T>{x, shift}, x.n_stride, group, block, partial);
 }
 
 template <class T>
 inline void reduce_block(const Grid& grid, View<const T> dy, View<const T> x, const double* mean,
                          const double* mean_lo, ptrdiff_t group, ptrdiff_t block,
-                         SumPair* partial) {
+                         double* partial) {
   sum_block<T>(grid, BackwardTerms<T>{dy, x, mean, mean_lo}, x.n_stride, group, block, partial);
-}
-
-/* The moments' sums of one channel about another shift, over all blocks. */
-template <class T>
-inline SumPair moments_again(const Grid& grid, View<const T> x, double shift, ptrdiff_t channel) {
-  SumPair total = {};
-  double shifts[kPad] = {shift};
-  const View<const T> at_channel = {x.data + channel * x.c_stride, x.n_stride, x.c_stride};
-  for (ptrdiff_t block = 0; block < grid.blocks; ++block) {
-    SumPair sums = {};
-    const MomentTerms<T> terms = {at_channel, shifts};
-    if (grid.columns) sum_columns<T>(grid, terms, 0, 1, block, &sums);
-    else sum_rows<T>(grid, terms, x.n_stride, 0, 1, block, &sums);
-    add(&total, sums);
-  }
-  return total;
 }
 
 /* A value near the channel's mean: its first, for float64 moved by seven others spread over it.
@@ -215,23 +278,102 @@ inline double pilot(const Grid& grid, View<const T> x, ptrdiff_t channel) {
   return guess - guess == 0 ? guess : start;
 }
 
-/* ------------------------------------------------------------------------------------- maps */
+/* ------------------------------------------------------------------------------- statistics */
 
-/* A channel's coefficients: mean_hi, mean_lo, scale, offset, unit for y (see maps.h); mean_hi,
- * mean_lo, shift_hi, shift_lo, slope, scale for dx. */
-constexpr int kCoefficients = 6;
-
-template <class T> struct CoefficientTable {
-  typename Element<T>::Real row[kCoefficients][kMaxWidth + kPad];
-};
-
-template <class T> inline void split(double v, typename Element<T>::Real* hi,
-                                     typename Element<T>::Real* lo, double lower = 0) {
-  *hi = static_cast<typename Element<T>::Real>(v);
-  *lo = static_cast<typename Element<T>::Real>((v - *hi) + lower);
+/* All blocks' sums of a group's channels, added in the blocks' order, into block 0's rows. */
+inline SumTable merge_blocks(const Grid& grid, ptrdiff_t group, double* partial) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const SumTable total = SumTable::of(partial, 0, grid.channels);
+  for (ptrdiff_t block = 1; block < grid.blocks; ++block) {
+    const SumTable more = SumTable::of(partial, block, grid.channels);
+    for (ptrdiff_t c = first; c < last; ++c) {
+      two_sum(more.first[c], &total.first[c], &total.first_lo[c]);
+      total.first_lo[c] += more.first_lo[c];
+      two_sum(more.second[c], &total.second[c], &total.second_lo[c]);
+      total.second_lo[c] += more.second_lo[c];
+    }
+  }
+  return total;
 }
 
-/* Pick a coefficient: for a row the channel's own value, for columns the array from c0 on. */
+/* From a channel's sums about `shift`:
+ *   offset = sum d / n     m2 = sum d^2 - (sum d)^2 / n     mean + mean_lo = shift + offset */
+inline void centre(double first, double first_lo, double second, double second_lo, double shift,
+                   double count, double* mean, double* mean_lo, double* m2) {
+  const double offset = (first + first_lo) / count;
+  const double squares = (second - first * offset) + (second_lo - first_lo * offset);
+  /* Rounding may leave a constant channel just below zero; a NaN stays one. */
+  *m2 = squares < 0 ? 0 : squares;
+  const double total = shift + offset, taken = total - shift;
+  *mean_lo = (shift - (total - taken)) + (offset - taken);
+  *mean = total;
+}
+
+/* Mean and m2 of a group's channels. The subtraction in `centre` loses sum d^2 / m2 in accuracy;
+ * where that is more than the element type can bear, the sums are taken again about the mean
+ * just found. */
+template <class T>
+inline void finish_moments(const Grid& grid, View<const T> x, double* partial,
+                           const double* __restrict shift, ptrdiff_t group,
+                           double* __restrict mean, double* __restrict mean_lo,
+                           double* __restrict m2) {
+  constexpr double limit = sizeof(T) == sizeof(double) ? 4 : 1 << 20;
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const double count = static_cast<double>(grid.outer * grid.inner);
+  const SumTable sums = merge_blocks(grid, group, partial);
+  for (ptrdiff_t c = first; c < last; ++c)
+    centre(sums.first[c], sums.first_lo[c], sums.second[c], sums.second_lo[c], shift[c], count,
+           &mean[c], &mean_lo[c], &m2[c]);
+  Grid one = grid;
+  one.width = one.channels = one.groups = one.tile = 1;
+  for (ptrdiff_t c = first; c < last; ++c) {
+    if (!(sums.second[c] > limit * m2[c])) continue;
+    const View<const T> channel = {x.data + c * x.c_stride, x.n_stride, x.c_stride};
+    const double near = mean[c];
+    const MomentTerms<T> terms = {channel, &near};
+    double again[4] = {};
+    const SumTable total = {&again[0], &again[1], &again[2], &again[3]};
+    for (ptrdiff_t block = 0; block < grid.blocks; ++block) {
+      if (grid.columns) sum_columns<T>(one, terms, 0, 1, block, total);
+      else sum_rows<T>(one, terms, x.n_stride, 0, 1, block, total);
+    }
+    centre(again[0], again[1], again[2], again[3], near, count, &mean[c], &mean_lo[c], &m2[c]);
+  }
+}
+
+/* var = m2 / n      inv_std = 1 / sqrt(var + eps) */
+inline void finish_inv_std(const Grid& grid, double eps, ptrdiff_t group, double* __restrict var,
+                           double* __restrict inv_std) {
+  const double count = static_cast<double>(grid.outer * grid.inner);
+  for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) {
+    var[c] /= count;
+    inv_std[c] = 1 / std::sqrt(var[c] + eps);
+  }
+}
+
+/* sum dy      sum dy x' = inv_std sum dy (x - mean) */
+inline void finish_sums(const Grid& grid, double* partial, const double* __restrict inv_std,
+                        ptrdiff_t group, double* __restrict sum_dy,
+                        double* __restrict sum_dy_xhat) {
+  const SumTable sums = merge_blocks(grid, group, partial);
+  for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) {
+    sum_dy[c] = sums.first[c] + sums.first_lo[c];
+    sum_dy_xhat[c] = (sums.second[c] + sums.second_lo[c]) * inv_std[c];
+  }
+}
+
+/* ------------------------------------------------------------------------------------- maps */
+
+/* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they
+ * are mean_hi, mean_lo, scale, offset and unit, for dx mean_hi, mean_lo, shift_hi, shift_lo,
+ * slope, scale and unit; see maps.h. */
+enum { kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kRows };
+
+template <class T> struct CoefficientTable {
+  typename Element<T>::Real row[kRows][kMaxLine + kPad];
+};
+
+/* A coefficient as a map takes it. */
 template <class T> struct PickUniform {
   template <class U> using Coefficient = Uniform<U>;
   const CoefficientTable<T>& table;
@@ -239,25 +381,31 @@ template <class T> struct PickUniform {
   Uniform<T> operator()(int which) const { return {table.row[which][c]}; }
 };
 
-template <class T> struct PickPerChannel {
-  template <class U> using Coefficient = PerChannel<U>;
+template <class T> struct PickPerPlace {
+  template <class U> using Coefficient = PerPlace<U>;
   const CoefficientTable<T>& table;
-  PerChannel<T> operator()(int which) const { return {table.row[which]}; }
+  PerPlace<T> operator()(int which) const { return {table.row[which]}; }
 };
 
-/* Walk the rows of one cell backwards: what was summed last is still nearest. */
-template <class T, class RowWriter>
-inline void for_rows(const Grid& grid, ptrdiff_t group, ptrdiff_t block, const RowWriter& write) {
+/* Write every row or line of one cell, backwards: what was summed last is still nearest. */
+template <class T, class Writer>
+inline void for_rows(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
+                     const CoefficientTable<T>& table, const Writer& writer) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const ptrdiff_t begin = grid.first_position(block);
-  for (ptrdiff_t t = grid.first_position(block + 1) - 1; t >= begin; --t) {
+  ptrdiff_t t = grid.first_position(block + 1);
+  while (t > begin) {
     if (grid.columns) {
-      write.columns(t, first, last - first);
+      const ptrdiff_t lines = clamp(t - begin, 1, grid.tile);
+      t -= lines;
+      writer(PickPerPlace<T>{table}, t, first, 0, lines * (last - first) * grid.inner);
       continue;
     }
+    --t;
     const ptrdiff_t n = t / grid.segments, s = t % grid.segments * grid.segment;
     const ptrdiff_t length = grid.inner - s < grid.segment ? grid.inner - s : grid.segment;
-    for (ptrdiff_t c = first; c < last; ++c) write.row(n, c, c - first, s, length);
+    for (ptrdiff_t c = first; c < last; ++c)
+      writer(PickUniform<T>{table, c - first}, n, c, s, length);
   }
 }
 
@@ -265,69 +413,94 @@ template <class T, class Activation, bool Residual, bool Scaled, bool Stream>
 struct NormalizeWriter {
   View<const T> x, residual;
   View<T> y;
-  const CoefficientTable<T>& table;
   Activation activation;
 
   template <class Pick>
-  void write(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, ptrdiff_t length) const {
+  void operator()(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s,
+                  ptrdiff_t length) const {
     const T* more = Residual ? residual.at(n, c) + s : nullptr;
     const Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled> map = {
-        x.at(n, c) + s, more, pick(0), pick(1), pick(2), pick(3), pick(4), activation};
+        x.at(n, c) + s, more,         pick(kMeanHi), pick(kMeanLo),
+        pick(kScale),   pick(kOffset), pick(kUnit),   activation};
     write_row<Stream>(map, y.at(n, c) + s, length);
   }
-  void row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t at, ptrdiff_t s, ptrdiff_t length) const {
-    write(PickUniform<T>{table, at}, n, c, s, length);
-  }
-  void columns(ptrdiff_t n, ptrdiff_t c, ptrdiff_t channels) const {
-    write(PickPerChannel<T>{table}, n, c, 0, channels);
-  }
 };
 
-template <class T, bool Stream> struct GradientWriter {
+template <class T, bool Scaled, bool Stream> struct GradientWriter {
   View<const T> dy, x;
   View<T> dx;
-  const CoefficientTable<T>& table;
-  bool fixed;
 
   template <class Pick>
-  void write(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, ptrdiff_t length) const {
-    if (fixed) {
-      const FixedGradient<T, Pick::template Coefficient> map = {dy.at(n, c) + s, pick(5)};
-      write_row<Stream>(map, dx.at(n, c) + s, length);
-      return;
-    }
-    const Gradient<T, Pick::template Coefficient> map = {
-        dy.at(n, c) + s, x.at(n, c) + s, pick(0), pick(1), pick(2), pick(3), pick(4), pick(5)};
+  void operator()(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s,
+                  ptrdiff_t length) const {
+    const Gradient<T, Pick::template Coefficient, Scaled> map = {
+        dy.at(n, c) + s, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi),
+        pick(kShiftLo),  pick(kSlope),   pick(kScale),  pick(kUnit)};
     write_row<Stream>(map, dx.at(n, c) + s, length);
-  }
-  void row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t at, ptrdiff_t s, ptrdiff_t length) const {
-    write(PickUniform<T>{table, at}, n, c, s, length);
-  }
-  void columns(ptrdiff_t n, ptrdiff_t c, ptrdiff_t channels) const {
-    write(PickPerChannel<T>{table}, n, c, 0, channels);
   }
 };
 
-/* Per-channel arrays of a map over the whole tensor; null pointers stand for 0, 1, 0 and none. */
+template <class T, bool Stream> struct FixedGradientWriter {
+  View<const T> dy;
+  View<T> dx;
+
+  template <class Pick>
+  void operator()(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s,
+                  ptrdiff_t length) const {
+    const FixedGradient<T, Pick::template Coefficient> map = {dy.at(n, c) + s, pick(kScale)};
+    write_row<Stream>(map, dx.at(n, c) + s, length);
+  }
+};
+
+/* Per-channel statistics and parameters; null stands for mean_lo 0, gamma 1, beta 0. */
 struct NormalizeParameters {
   const double *mean, *mean_lo, *inv_std, *gamma, *beta;
 };
 
-/* The coefficients of a group's channels; true where a channel needs the power of two. */
-template <class T>
-inline bool normalize_coefficients(const NormalizeParameters& p, ptrdiff_t first, ptrdiff_t last,
-                                   CoefficientTable<T>* table) {
+/* sum_dy is null where the statistics were constants. */
+struct GradientParameters {
+  const double *mean, *mean_lo, *inv_std, *gamma, *sum_dy, *sum_dy_xhat;
+  double count;
+};
+
+/* The power of two that brings a channel's values into the middle of float32's range: 1 but
+ * where the mean or the deviations are beyond 2^+-60. With it no subtraction overflows, no part
+ * of the mean is lost below the smallest number, and scaling the data by a power of two leaves
+ * the bits of y as they are. */
+template <class T> inline double unit_of(double mean, double inv_std) {
+  if (sizeof(typename Element<T>::Real) == sizeof(double)) return 1;
+  const double deviation = 1 / inv_std, offset = std::fabs(mean);
+  double size = offset > deviation ? offset : deviation;
+  if (size >= 0x1p-60 && size < 0x1p60) {
+    /* With eps above the variance, a tiny mean may still be all there is. */
+    if (offset >= 0x1p-60 || offset == 0 || deviation > 0x1p20) return 1;
+    size = offset;
+  }
+  if (!(size > 0 && std::isfinite(size))) return 1;
+  int exponent;
+  std::frexp(size, &exponent);
+  return std::ldexp(1.0, (exponent > 0 ? 60 : -60) - exponent);
+}
+
+/* The coefficients all maps share; true where a channel needs a unit other than 1. */
+template <class T, class Parameters>
+inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, ptrdiff_t last,
+                        double* unit, CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
   bool scaled = false;
-  for (ptrdiff_t c = first; c < last; ++c) {
-    const ptrdiff_t i = c - first;
-    const double scale = p.gamma ? p.gamma[c] * p.inv_std[c] : p.inv_std[c];
-    const double lower = p.mean_lo ? p.mean_lo[c] : 0;
-    split<T>(p.mean[c], &table->row[0][i], &table->row[1][i], lower);
-    table->row[2][i] = static_cast<Real>(scale);
-    table->row[3][i] = static_cast<Real>(p.beta ? p.beta[c] : 0);
-    table->row[4][i] = 1;
+  for (ptrdiff_t c = 0; c < last - first; ++c) {
+    unit[c] = unit_of<T>(p.mean[first + c], p.inv_std[first + c]);
+    scaled |= unit[c] != 1;
   }
+  const auto mean_hi = [&](ptrdiff_t c) { return static_cast<Real>(p.mean[first + c] * unit[c]); };
+  const auto mean_lo = [&](ptrdiff_t c) {
+    const double lower = p.mean_lo ? p.mean_lo[first + c] * unit[c] : 0;
+    return (p.mean[first + c] * unit[c] - mean_hi(c)) + lower;
+  };
+  fill_line(grid, last - first, mean_hi, table->row[kMeanHi]);
+  fill_line(grid, last - first, mean_lo, table->row[kMeanLo]);
+  if (scaled)
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return unit[c]; }, table->row[kUnit]);
   return scaled;
 }
 
@@ -335,72 +508,88 @@ template <class T, class Activation, bool Residual, bool Scaled>
 inline void normalize_cell(const Grid& grid, View<const T> x, View<const T> residual, View<T> y,
                            const CoefficientTable<T>& table, Activation activation, bool stream,
                            ptrdiff_t group, ptrdiff_t block) {
-  if (stream) {
-    const NormalizeWriter<T, Activation, Residual, Scaled, true> write = {x, residual, y, table,
-                                                                         activation};
-    for_rows<T>(grid, group, block, write);
-  } else {
-    const NormalizeWriter<T, Activation, Residual, Scaled, false> write = {x, residual, y, table,
-                                                                          activation};
-    for_rows<T>(grid, group, block, write);
-  }
+  if (stream)
+    for_rows(grid, group, block, table,
+             NormalizeWriter<T, Activation, Residual, Scaled, true>{x, residual, y, activation});
+  else
+    for_rows(grid, group, block, table,
+             NormalizeWriter<T, Activation, Residual, Scaled, false>{x, residual, y, activation});
 }
 
+/* y of one cell. A unit is always multiplied in beside a residual or an activation, where 1
+ * changes nothing and another instance would cost more than it saves. */
 template <class T>
 inline void normalize_block(const Grid& grid, View<const T> x, View<const T> residual, View<T> y,
                             const NormalizeParameters& p, Epilogue epilogue, bool stream,
                             ptrdiff_t group, ptrdiff_t block) {
   typedef typename Element<T>::Real Real;
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table;
-  const bool scaled =
-      normalize_coefficients<T>(p, grid.first_channel(group), grid.last_channel(group), &table);
+  double unit[kMaxLine];
+  const bool plain = !residual.data && epilogue.activation == 0;
+  const bool scaled = fill_centre<T>(grid, p, first, last, unit, &table);
+  if (!plain && !scaled)
+    fill_line(grid, last - first, [](ptrdiff_t) { return 1; }, table.row[kUnit]);
+  fill_line(grid, last - first, [&](ptrdiff_t c) {
+    const double scale = p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
+    return scale / unit[c];
+  }, table.row[kScale]);
+  fill_line(grid, last - first, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
+            table.row[kOffset]);
   const Clip<T> clip = {static_cast<Real>(epilogue.a), static_cast<Real>(epilogue.b)};
   const LeakyRelu<T> leaky = {static_cast<Real>(epilogue.a)};
-#define BNCORE_CELL(activation, with_residual, with_scale)                                        \
-  normalize_cell<T, decltype(activation), with_residual, with_scale>(                             \
+#define BNCORE_CELL(activation, with_residual, with_unit)                                         \
+  normalize_cell<T, decltype(activation), with_residual, with_unit>(                              \
       grid, x, residual, y, table, activation, stream, group, block)
-  if (residual.data) {
+  if (plain) {
+    if (scaled) BNCORE_CELL(Identity<T>(), false, true);
+    else BNCORE_CELL(Identity<T>(), false, false);
+  } else if (residual.data) {
     if (epilogue.activation == 1) BNCORE_CELL(clip, true, true);
     else if (epilogue.activation == 2) BNCORE_CELL(leaky, true, true);
     else BNCORE_CELL(Identity<T>(), true, true);
   } else {
     if (epilogue.activation == 1) BNCORE_CELL(clip, false, true);
-    else if (epilogue.activation == 2) BNCORE_CELL(leaky, false, true);
-    else if (scaled) BNCORE_CELL(Identity<T>(), false, true);
-    else BNCORE_CELL(Identity<T>(), false, false);
+    else BNCORE_CELL(leaky, false, true);
   }
 #undef BNCORE_CELL
   if (stream) stream_fence();
 }
 
-/* Per-channel arrays of the gradient: sums hold sum dy and sum dy x'; null sums mean that the
- * statistics were constants. */
-struct GradientParameters {
-  const double *mean, *mean_lo, *inv_std, *gamma, *sum_dy, *sum_dy_xhat;
-  double count;
-};
-
+/* dx of one cell. */
 template <class T>
 inline void gradient_block(const Grid& grid, View<const T> dy, View<const T> x, View<T> dx,
                            const GradientParameters& p, bool stream, ptrdiff_t group,
                            ptrdiff_t block) {
   typedef typename Element<T>::Real Real;
-  CoefficientTable<T> table;
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  for (ptrdiff_t c = first; c < last; ++c) {
-    const ptrdiff_t i = c - first;
-    table.row[5][i] = static_cast<Real>(p.gamma ? p.gamma[c] * p.inv_std[c] : p.inv_std[c]);
-    if (!p.sum_dy) continue;
-    split<T>(p.mean[c], &table.row[0][i], &table.row[1][i], p.mean_lo ? p.mean_lo[c] : 0);
-    split<T>(p.sum_dy[c] / p.count, &table.row[2][i], &table.row[3][i]);
-    table.row[4][i] = static_cast<Real>(p.inv_std[c] * p.sum_dy_xhat[c] / p.count);
-  }
-  if (stream) {
-    for_rows<T>(grid, group, block, GradientWriter<T, true>{dy, x, dx, table, !p.sum_dy});
-    stream_fence();
+  CoefficientTable<T> table;
+  double unit[kMaxLine];
+  fill_line(grid, last - first, [&](ptrdiff_t c) {
+    return p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
+  }, table.row[kScale]);
+  if (!p.sum_dy) {
+    if (stream) for_rows(grid, group, block, table, FixedGradientWriter<T, true>{dy, dx});
+    else for_rows(grid, group, block, table, FixedGradientWriter<T, false>{dy, dx});
   } else {
-    for_rows<T>(grid, group, block, GradientWriter<T, false>{dy, x, dx, table, !p.sum_dy});
+    const bool scaled = fill_centre<T>(grid, p, first, last, unit, &table);
+    const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
+    const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
+    fill_line(grid, last - first, shift_hi, table.row[kShiftHi]);
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
+              table.row[kShiftLo]);
+    fill_line(grid, last - first, [&](ptrdiff_t c) {
+      return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
+    }, table.row[kSlope]);
+    if (scaled) {
+      if (stream) for_rows(grid, group, block, table, GradientWriter<T, true, true>{dy, x, dx});
+      else for_rows(grid, group, block, table, GradientWriter<T, true, false>{dy, x, dx});
+    } else {
+      if (stream) for_rows(grid, group, block, table, GradientWriter<T, false, true>{dy, x, dx});
+      else for_rows(grid, group, block, table, GradientWriter<T, false, false>{dy, x, dx});
+    }
   }
+  if (stream) stream_fence();
 }
 
 } // namespace bncore

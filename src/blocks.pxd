@@ -8,13 +8,6 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         uint16_t bits
     struct BFloat16:
         uint16_t bits
-    struct Twofold:
-        double hi
-        double lo
-    struct SumPair:
-        Twofold first
-        Twofold second
-    void add(SumPair* total, const SumPair& more)
     cppclass Grid:
         ptrdiff_t outer, channels, inner
         ptrdiff_t width, groups
@@ -46,15 +39,20 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         const double* sum_dy_xhat
         double count
 
+    # partial: (blocks, 4, C) sums, merged by the finish functions of a group
     double pilot[T](const Grid&, View[const T], ptrdiff_t channel)
     void moments_block[T](const Grid&, View[const T], const double* shift, ptrdiff_t group,
-                          ptrdiff_t block, SumPair* partial)
-    SumPair moments_again[T](const Grid&, View[const T], double shift, ptrdiff_t channel)
+                          ptrdiff_t block, double* partial)
+    void finish_moments[T](const Grid&, View[const T], double* partial, const double* shift,
+                           ptrdiff_t group, double* mean, double* mean_lo, double* m2)
+    void finish_inv_std(const Grid&, double eps, ptrdiff_t group, double* var, double* inv_std)
     void normalize_block[T](const Grid&, View[const T], View[const T] residual, View[T],
                             const NormalizeParameters&, Epilogue, bint stream, ptrdiff_t group,
                             ptrdiff_t block)
     void reduce_block[T](const Grid&, View[const T] dy, View[const T], const double* mean,
-                         const double* mean_lo, ptrdiff_t group, ptrdiff_t block, SumPair* partial)
+                         const double* mean_lo, ptrdiff_t group, ptrdiff_t block, double* partial)
+    void finish_sums(const Grid&, double* partial, const double* inv_std, ptrdiff_t group,
+                     double* sum_dy, double* sum_dy_xhat)
     void gradient_block[T](const Grid&, View[const T] dy, View[const T], View[T],
                            const GradientParameters&, bint stream, ptrdiff_t group,
                            ptrdiff_t block)

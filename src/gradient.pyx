@@ -18,30 +18,12 @@ from arguments cimport (
     same_or_apart, shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, GradientParameters, Grid, Half, SumPair, View, element, gradient_block, map_grid,
-    reduce_block, sum_grid,
+    BFloat16, GradientParameters, Grid, Half, View, element, finish_sums, gradient_block,
+    map_grid, reduce_block, sum_grid,
 )
-from merge cimport merged
 from traffic cimport is_resident, is_streamed
 
 cnp.import_array()
-
-
-cdef inline void finish_sums(
-    const Grid& grid,
-    const SumPair* partial,     # (blocks, C)
-    const double* inv_std,      # (C,)
-    ptrdiff_t group,
-    double* sum_dy,             # (C,)
-    double* sum_dy_xhat,        # (C,)
-) noexcept nogil:
-    """sum dy        sum dy x' = inv_std sum dy (x - mean)"""
-    cdef SumPair sums
-    cdef ptrdiff_t c
-    for c in range(grid.first_channel(group), grid.last_channel(group)):
-        sums = merged(grid, partial, c)
-        sum_dy[c] = sums.first.hi + sums.first.lo
-        sum_dy_xhat[c] = (sums.second.hi + sums.second.lo) * inv_std[c]
 
 
 cdef void reduce_all(
@@ -51,7 +33,7 @@ cdef void reduce_all(
     const double* mean,         # (C,)
     const double* mean_lo,      # (C,)
     const double* inv_std,      # (C,)
-    SumPair* partial,           # (blocks, C), scratch
+    double* partial,            # (blocks, 4, C), scratch
     double* sum_dy,             # (C,)
     double* sum_dy_xhat,        # (C,)
     int num_threads,
@@ -91,7 +73,7 @@ cdef void differentiate(
     View[const element] dy,     # (N, C, S)
     View[const element] x,      # (N, C, S)
     const GradientParameters& parameters,
-    SumPair* partial,           # (blocks, C), scratch
+    double* partial,            # (blocks, 4, C), scratch
     View[element] dx,           # (N, C, S)
     double* sum_dy,             # (C,)
     double* sum_dy_xhat,        # (C,)
@@ -124,11 +106,11 @@ cdef void differentiate(
             )
 
 
-cdef SumPair* scratch_for(const Grid& grid) except NULL:
-    cdef void* scratch = PyMem_Malloc(grid.blocks * grid.channels * sizeof(SumPair))
+cdef double* scratch_for(const Grid& grid) except NULL:
+    cdef void* scratch = PyMem_Malloc(4 * grid.blocks * grid.channels * sizeof(double))
     if not scratch:
         raise MemoryError("no memory for the sums of batch_norm_backward")
-    return <SumPair*> scratch
+    return <double*> scratch
 
 
 cdef int reduce_as(
@@ -138,7 +120,7 @@ cdef int reduce_as(
     cdef Shape shape = shape_of(x)
     cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
     cdef View[element] dy_view = view_of(dy, like), x_view = view_of(x, like)
-    cdef SumPair* partial = scratch_for(grid)
+    cdef double* partial = scratch_for(grid)
     with nogil:
         reduce_all(
             grid, read_only(dy_view), read_only(x_view), &mean[0], mean_lo, &inv_std[0], partial,
@@ -226,7 +208,7 @@ cdef int backward_with_scratch(
     parameters.inv_std, parameters.gamma = stats + 3 * shape.channels, gamma
     parameters.sum_dy, parameters.sum_dy_xhat = sums, sums + shape.channels
     parameters.count = count
-    cdef SumPair* partial = scratch_for(grid)
+    cdef double* partial = scratch_for(grid)
     with nogil:
         differentiate(
             grid, read_only(dy), read_only(x), parameters, partial, dx, sums,

@@ -24,8 +24,8 @@ template <class T> struct Uniform {
   typename Element<T>::Vec at(ptrdiff_t) const { return value - typename Element<T>::Vec{}; }
 };
 
-/* A value per channel, padded to whole vectors. */
-template <class T> struct PerChannel {
+/* A value per place of a line, padded to whole vectors. */
+template <class T> struct PerPlace {
   const typename Element<T>::Real* values;
   typename Element<T>::Vec at(ptrdiff_t i) const {
     return load_unaligned<typename Element<T>::Vec>(values + i);
@@ -70,7 +70,7 @@ inline typename Element<T>::Vec load(const T* p, int k) {
   return Whole ? Element<T>::load(p) : Element<T>::load_part(p, k);
 }
 
-/* Scaled: the channel's values are first brought into float's range by a power of two. */
+/* Scaled: x is first multiplied by a power of two, see unit_of in blocks.h. */
 template <class T, template <class> class Coefficient, class Activation, bool Residual,
           bool Scaled>
 struct Normalize {
@@ -89,15 +89,17 @@ struct Normalize {
   }
 };
 
-template <class T, template <class> class Coefficient>
+template <class T, template <class> class Coefficient, bool Scaled>
 struct Gradient {
   const T* dy;
   const T* x;
-  Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale;
+  Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale, unit;
 
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
-    auto d = (load<Whole>(x + i, k) - mean_hi.at(i)) - mean_lo.at(i);
+    auto v = load<Whole>(x + i, k);
+    if (Scaled) v *= unit.at(i);
+    auto d = (v - mean_hi.at(i)) - mean_lo.at(i);
     auto g = (load<Whole>(dy + i, k) - shift_hi.at(i)) - shift_lo.at(i);
     return (g - d * slope.at(i)) * scale.at(i);
   }
@@ -115,30 +117,36 @@ struct FixedGradient {
   }
 };
 
+template <bool Stream, class T>
+BNCORE_INLINE void store_aligned(T* out, typename Element<T>::Vec v) {
+  if (Stream) Element<T>::stream(out, v);
+  else Element<T>::store(out, v);
+}
+
 /* Write n elements of the map to `out`. Whole vectors are stored aligned, past the cache where
  * Stream says so; what stands before and after them is stored in part. */
 template <bool Stream, class T, class Map>
 inline void write_row(const Map& map, T* out, ptrdiff_t n) {
   typedef Element<T> E;
-  constexpr int lanes = E::kLanes;
+  constexpr int lanes = E::kLanes, unroll = 4;
   ptrdiff_t i = 0;
-  if (n >= 4 * lanes) {
-    constexpr ptrdiff_t store_bytes = lanes * sizeof(T);
-    ptrdiff_t misaligned = reinterpret_cast<uintptr_t>(out) % store_bytes;
-    int head = misaligned ? static_cast<int>((store_bytes - misaligned) / sizeof(T)) : 0;
+  if (n >= 2 * lanes) {
+    const ptrdiff_t past = reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T));
+    const int head = past ? lanes - static_cast<int>(past / sizeof(T)) : 0;
     if (head) E::store_part(out, map.template at<false>(0, head), head);
-    for (i = head; i + 4 * lanes <= n; i += 4 * lanes) {
-      typename E::Vec v[4];
-      for (int j = 0; j < 4; ++j) v[j] = map.template at<true>(i + j * lanes, lanes);
-      for (int j = 0; j < 4; ++j) {
-        if (Stream) E::stream(out + i + j * lanes, v[j]);
-        else E::store(out + i + j * lanes, v[j]);
-      }
+    for (i = head; i + unroll * lanes <= n; i += unroll * lanes) {
+      typename E::Vec v[unroll];
+#pragma GCC unroll 4
+      for (int j = 0; j < unroll; ++j) v[j] = map.template at<true>(i + j * lanes, lanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < unroll; ++j) store_aligned<Stream>(out + i + j * lanes, v[j]);
     }
+    for (; i + lanes <= n; i += lanes)
+      store_aligned<Stream>(out + i, map.template at<true>(i, lanes));
   }
   for (; i + lanes <= n; i += lanes) E::store(out + i, map.template at<true>(i, lanes));
   if (i < n) {
-    int k = static_cast<int>(n - i);
+    const int k = static_cast<int>(n - i);
     E::store_part(out + i, map.template at<false>(i, k), k);
   }
 }

@@ -21,10 +21,9 @@ from arguments cimport (
     shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, Epilogue, Grid, Half, NormalizeParameters, SumPair, View, element, map_grid,
-    moments_block, normalize_block, pilot, sum_grid,
+    BFloat16, Epilogue, Grid, Half, NormalizeParameters, View, element, finish_inv_std,
+    finish_moments, map_grid, moments_block, normalize_block, pilot, sum_grid,
 )
-from merge cimport finish_inv_std, finish_moments
 from traffic cimport is_resident, is_streamed
 
 cnp.import_array()
@@ -38,7 +37,7 @@ cdef void normalize_batch(
     const double* beta,             # (C,) or NULL
     Epilogue epilogue,
     double eps,
-    SumPair* partial,               # (blocks, C), scratch
+    double* partial,                # (blocks, 4, C), scratch
     double* shift,                  # (C,), scratch
     View[element] y,                # (N, C, S)
     double* stats,                  # (4, C): mean, mean_lo, var, inv_std
@@ -107,16 +106,14 @@ cdef int batch_with_scratch(
 ) except -1:
     """`normalize_batch` with its scratch, whose size depends on the channels."""
     cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef size_t cells = grid.blocks * grid.channels
-    cdef void* scratch = PyMem_Malloc(cells * sizeof(SumPair) + grid.channels * sizeof(double))
+    cdef size_t sums = 4 * grid.blocks * grid.channels
+    cdef double* scratch = <double*> PyMem_Malloc((sums + grid.channels) * sizeof(double))
     if not scratch:
         raise MemoryError("no memory for the sums of batch_norm")
-    cdef SumPair* partial = <SumPair*> scratch
-    cdef double* shift = <double*> (partial + cells)
     with nogil:
         normalize_batch(
-            grid, read_only(x), read_only(residual), gamma, beta, epilogue, eps, partial, shift,
-            y, stats, num_threads,
+            grid, read_only(x), read_only(residual), gamma, beta, epilogue, eps, scratch,
+            scratch + sums, y, stats, num_threads,
         )
     PyMem_Free(scratch)
     return 0

@@ -25,6 +25,8 @@
 #define BNCORE_X86 1
 #endif
 
+#define BNCORE_INLINE __attribute__((always_inline)) inline
+
 namespace bncore {
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)

@@ -5,7 +5,7 @@
 
 Deviations from a value near the mean are summed in float64 with their squares, cell by cell of a
 grid that depends on the shape alone; the cells' sums are merged in order, in twofold arithmetic.
-One reading of the data suffices, except where that value was no good guess (`merge.pxd`).
+One reading of the data suffices, except where that value was no good guess (`finish_moments`).
 """
 
 cimport numpy as cnp
@@ -14,9 +14,8 @@ from cython.parallel cimport parallel, prange
 
 from arguments cimport FLOAT16, FLOAT32, FLOAT64, Kind, is_plain, kind_of, read_only, view_of
 from blocks cimport (
-    BFloat16, Grid, Half, SumPair, View, element, moments_block, pilot, sum_grid,
+    BFloat16, Grid, Half, View, element, finish_moments, moments_block, pilot, sum_grid,
 )
-from merge cimport finish_moments
 
 cnp.import_array()
 
@@ -28,7 +27,7 @@ ctypedef fused real:
 cdef void compute_moments(
     const Grid& grid,
     View[const element] x,      # (N, C, S)
-    SumPair* partial,           # (blocks, C), scratch
+    double* partial,            # (blocks, 4, C), scratch
     double* shift,              # (C,), scratch
     double* mean,               # (C,)
     double* mean_lo,            # (C,)
@@ -51,14 +50,13 @@ cdef int moments_as(element* like, cnp.ndarray x, double[:, ::1] stats, int num_
     cdef Grid grid = sum_grid(
         cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2), sizeof(element)
     )
-    cdef size_t cells = grid.blocks * grid.channels
-    cdef void* scratch = PyMem_Malloc(cells * sizeof(SumPair) + grid.channels * sizeof(double))
+    cdef size_t sums = 4 * grid.blocks * grid.channels
+    cdef double* scratch = <double*> PyMem_Malloc((sums + grid.channels) * sizeof(double))
     if not scratch:
         raise MemoryError("no memory for the sums of moments")
-    cdef SumPair* partial = <SumPair*> scratch
     with nogil:
         compute_moments(
-            grid, read_only(view), partial, <double*> (partial + cells), &stats[0, 0],
+            grid, read_only(view), scratch, scratch + sums, &stats[0, 0],
             &stats[1, 0], &stats[2, 0], num_threads,
         )
     PyMem_Free(scratch)

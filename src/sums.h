@@ -18,41 +18,23 @@ constexpr int kChains = 4;
 
 /* Terms in a chunk: float64 input needs short chains for its 1e-14, others need not. */
 template <class T> constexpr ptrdiff_t kChunk = 16384;
-template <> inline constexpr ptrdiff_t kChunk<double> = 2048;
+template <> inline constexpr ptrdiff_t kChunk<double> = 1024;
 
-/* An unevaluated sum hi + lo. */
-struct Twofold {
-  double hi, lo;
-
-  /* Knuth's two-sum; a non-finite sum keeps no error term. */
-  void add(double v) {
-    double total = hi + v, taken = total - hi;
-    double error = (hi - (total - taken)) + (v - taken);
-    lo += error - error == 0 ? error : 0;
-    hi = total;
-  }
-  void add(Twofold other) {
-    add(other.hi);
-    lo += other.lo;
-  }
-};
-
-/* The two sums of one channel over one block of positions. */
-struct SumPair {
-  Twofold first, second;
-};
-
-inline void add(SumPair* total, const SumPair& more) {
-  total->first.add(more.first);
-  total->second.add(more.second);
+/* hi + lo += v, where hi + lo is an unevaluated sum of two (Knuth's two-sum). A sum that is not
+ * finite keeps no error term. */
+BNCORE_INLINE void two_sum(double v, double* hi, double* lo) {
+  const double total = *hi + v, taken = total - *hi;
+  const double error = (*hi - (total - taken)) + (v - taken);
+  *lo += error - error == 0 ? error : 0;
+  *hi = total;
 }
 
 struct Accumulator {
   Wide first[kChains], second[kChains];
 
-  void fold_into(SumPair* sums) const {
-    sums->first.add(lane_sum((first[0] + first[1]) + (first[2] + first[3])));
-    sums->second.add(lane_sum((second[0] + second[1]) + (second[2] + second[3])));
+  double first_total() const { return lane_sum((first[0] + first[1]) + (first[2] + first[3])); }
+  double second_total() const {
+    return lane_sum((second[0] + second[1]) + (second[2] + second[3]));
   }
 };
 
@@ -163,14 +145,26 @@ template <class T> struct ColumnGradientTerms {
 constexpr int kTreeRows = 8;
 
 template <int Rows, bool Whole, class Terms>
-inline void add_tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, double* first,
-                     double* second) {
-  Wide a[Rows], b[Rows];
-  for (int r = 0; r < Rows; ++r) terms.template terms<Whole>(row + r, c, k, &a[r], &b[r]);
-  for (int half = Rows / 2; half > 0; half /= 2)
-    for (int r = 0; r < half; ++r) a[r] += a[r + half], b[r] += b[r + half];
-  store_unaligned(first + c, load_unaligned<Wide>(first + c) + a[0]);
-  store_unaligned(second + c, load_unaligned<Wide>(second + c) + b[0]);
+BNCORE_INLINE void tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, Wide* first,
+                        Wide* second) {
+  if constexpr (Rows == 1) {
+    terms.template terms<Whole>(row, c, k, first, second);
+  } else {
+    Wide more_first, more_second;
+    tree<Rows / 2, Whole>(terms, row, c, k, first, second);
+    tree<Rows / 2, Whole>(terms, row + Rows / 2, c, k, &more_first, &more_second);
+    *first += more_first;
+    *second += more_second;
+  }
+}
+
+template <int Rows, bool Whole, class Terms>
+BNCORE_INLINE void add_tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, double* first,
+                            double* second) {
+  Wide a, b;
+  tree<Rows, Whole>(terms, row, c, k, &a, &b);
+  store_unaligned(first + c, load_unaligned<Wide>(first + c) + a);
+  store_unaligned(second + c, load_unaligned<Wide>(second + c) + b);
 }
 
 template <int Rows, class Terms>
