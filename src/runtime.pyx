@@ -80,6 +80,7 @@ def effective_cpus():
     Examples
     --------
     >>> from bncore import _runtime
+    >>> import os
     >>> 1 <= _runtime.effective_cpus() <= os.cpu_count()
     True
     """
