@@ -84,11 +84,11 @@ def extension(name, source, *, tier, language, flags) -> Extension:
 
 
 class BuildTiers(build_ext):
-    """Translate each tier's modules into a directory of its own, then compile two at a time."""
+    """Translate each tier's modules into a directory of its own, then compile them in parallel."""
 
     def finalize_options(self):
         super().finalize_options()
-        self.parallel = self.parallel or 2
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self):
         self.add_openmp()
@@ -117,7 +117,7 @@ class BuildTiers(build_ext):
                 module.extra_compile_args += probe.extra_compile_args
                 module.extra_link_args += probe.extra_link_args
         elif os.environ.get("BNCORE_REQUIRE_OPENMP") == "1":
-            raise CompileError("the compiler has no OpenMP, and BNCORE_REQUIRE_OPENMP=1 asks for it")
+            raise CompileError("BNCORE_REQUIRE_OPENMP=1, but the compiler has no OpenMP")
         else:
             shout("the compiler has no OpenMP: bncore will run on ONE THREAD")
 

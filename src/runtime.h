@@ -39,9 +39,11 @@ static int openmp_date(void) {
 #endif
 }
 
+/* The most threads that OpenMP's own settings allow the calling thread's next team. */
 static int openmp_max_threads(void) {
 #ifdef _OPENMP
-  return omp_get_max_threads();
+  int threads = omp_get_max_threads(), limit = omp_get_thread_limit();
+  return threads < limit ? threads : limit;
 #else
   return 1;
 #endif

@@ -8,7 +8,7 @@ of threads as an argument; `get_num_threads` is where it comes from, and three p
   for threads that stayed behind in the parent;
 - no more threads than CPUs (affinity and cgroup quota counted), and none that cannot be created,
   since libgomp ends the process over one it cannot create;
-- ``OMP_NUM_THREADS`` and threadpoolctl are honoured: no more than ``omp_get_max_threads()``.
+- OpenMP's own limits are honoured: ``OMP_NUM_THREADS``, ``OMP_THREAD_LIMIT``, threadpoolctl.
 """
 
 import os

@@ -15,12 +15,16 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
+NUMPY_IS_MEANT = (
+    os.environ.get("BNCORE_BACKEND") == "numpy" or os.environ.get("BNCORE_TEST_ALLOW_NUMPY") == "1"
+)
+
 # The source tree without kernels must not hide the installed package.
-if not any(ROOT.glob("bncore/_runtime.*.so")):
+if not NUMPY_IS_MEANT and not any(ROOT.glob("bncore/_runtime.*.so")):
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 with warnings.catch_warnings():
@@ -28,17 +32,19 @@ with warnings.catch_warnings():
     import bncore
     from bncore import _backend
 
-settings.register_profile("bncore", deadline=None, print_blob=True)
+settings.register_profile(
+    "bncore",
+    deadline=None,
+    print_blob=True,
+    # The fixtures here need no renewal between examples.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("bncore")
 
 
 def pytest_sessionstart(session):
     where = Path(bncore.__file__).parent
-    numpy_is_meant = (
-        os.environ.get("BNCORE_BACKEND") == "numpy"
-        or os.environ.get("BNCORE_TEST_ALLOW_NUMPY") == "1"
-    )
-    if bncore.backend() == "numpy" and not numpy_is_meant:
+    if bncore.backend() == "numpy" and not NUMPY_IS_MEANT:
         reasons = "\n".join(f"  {name}: {_backend.declines(name)}" for name in _backend.NAMES[:-1])
         pytest.exit(f"bncore in {where} has no usable compiled backend:\n{reasons}", returncode=3)
     if os.environ.get("BNCORE_TEST_INSTALLED") == "1" and where == ROOT / "bncore":

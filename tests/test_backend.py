@@ -25,7 +25,7 @@ def run(code, *, cwd=None, blocked=(), **variables):
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=cwd or Path(sys.executable).parent,
+        cwd=cwd or Path(bncore.__file__).parent.parent,  # so that it is the one under test
         env=environment | variables,
     )
 
@@ -112,7 +112,6 @@ def test_fallback_warns_and_works():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("numpy (2, 2) 1\n")
     assert "<string>:2: RuntimeWarning: bncore runs on NumPy alone" in done.stderr
-    assert "_runtime" in done.stderr
 
 
 def test_fallback_that_is_meant_does_not_warn():
@@ -142,9 +141,9 @@ def test_source_tree_is_named_where_nothing_is_compiled(tmp_path):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_tier_loads_no_module_of_another(name):
-    code = "import sys, bncore; print([m for m in sys.modules if m.startswith('bncore._kernels.')])"
+    code = "import sys, bncore; print(*(m for m in sys.modules if '_kernels.' in m))"
     done = run(code, BNCORE_BACKEND=name)
-    loaded = {module.split(".")[2] for module in eval(done.stdout)}
+    loaded = {module.split(".")[2] for module in done.stdout.split()}
     assert loaded == {name.replace("-", "_")}
 
 
@@ -152,12 +151,12 @@ def test_a_tier_loads_no_module_of_another(name):
 def test_import_brings_numpy_alone(name):
     code = (
         "import numpy, sys; before = set(sys.modules); import bncore\n"
-        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}\n"
-        "             - sys.stdlib_module_names - {'bncore', 'numpy'}))"
+        "imported = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+        "print(*(imported - sys.stdlib_module_names - {'bncore', 'numpy'}))"
     )
     done = run(code, BNCORE_BACKEND=name)
     # Cython registers modules of its own for what its modules share.
-    assert [m for m in eval(done.stdout) if not m.lstrip("_").startswith("cython_")] == []
+    assert [m for m in done.stdout.split() if not m.lstrip("_").startswith("cython_")] == []
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -1,4 +1,4 @@
-"""The number of threads: what can be set, what limits it, and what must never hang or end a process."""
+"""The number of threads: what sets and limits it, and what must never hang or end a process."""
 
 import os
 import subprocess
@@ -23,6 +23,9 @@ needs_two_cpus = pytest.mark.skipif(
     reason="needs OpenMP and two CPUs",
 )
 
+HERE = Path(bncore.__file__).parent.parent
+"""Where a fresh interpreter imports the bncore under test."""
+
 PARALLEL_WORK = """
 import bncore, numpy as np, os, sys, time
 x = np.random.default_rng(0).standard_normal((64, 32, 28, 28), np.float32)
@@ -46,7 +49,7 @@ def run(code, backend=None, **variables):
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=Path(sys.executable).parent,
+        cwd=HERE,
         env=environment | variables,
     )
     assert done.returncode == 0, done.stderr
@@ -101,6 +104,9 @@ class TestLimits:
         code = "bncore.set_num_threads(8); print(bncore.get_num_threads())"
         assert int(run(code, OMP_NUM_THREADS="1")) == 1
 
+    def test_omp_thread_limit(self):
+        assert int(run("print(bncore.get_num_threads())", OMP_THREAD_LIMIT="1")) == 1
+
     def test_threadpoolctl(self):
         before = bncore.get_num_threads()
         with threadpool_limits(1, user_api="openmp"):
@@ -110,7 +116,8 @@ class TestLimits:
     def test_affinity_at_import(self):
         pin = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
         code = pin + PARALLEL_WORK + "bncore.set_num_threads(8); print(bncore.get_num_threads())"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, timeout=60, cwd=HERE)
         assert done.stdout == b"1\n", done.stderr
 
     def test_affinity_is_read_again_when_threads_are_set(self):
