@@ -20,9 +20,11 @@
 
 namespace bncore {
 
-constexpr ptrdiff_t kMaxLine = 512;      // places on a line of columns
+constexpr ptrdiff_t kMaxLine = 2048;     // places on a line of columns
+constexpr ptrdiff_t kSumLine = 512;      // the same where they are summed
 constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels in a group of rows
 constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
+constexpr ptrdiff_t kAhead = 1024;       // bytes of each row fetched ahead, eight rows at a time
 constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
 
 inline ptrdiff_t clamp(ptrdiff_t v, ptrdiff_t low, ptrdiff_t high) {
@@ -70,12 +72,12 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
   if (has_small_planes(outer, inner)) {
     grid.columns = true;
-    grid.width = kMaxLine / inner;
+    grid.width = kSumLine / inner;
   } else if (inner == 1) {
     grid.columns = true;
-    grid.width = clamp(cached / (outer * itemsize) / 64 * 64, 0, kMaxLine);
-    if (grid.width == 0) grid.width = kMaxLine;
-    if (channels < kPacked / 2) grid.tile = kMaxLine / 2 / channels;
+    grid.width = clamp(cached / (outer * itemsize) / 64 * 64, 0, kSumLine);
+    if (grid.width == 0) grid.width = kSumLine;
+    if (channels < kPacked / 2) grid.tile = kSumLine / 2 / channels;
   } else {
     grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
   }
@@ -85,7 +87,7 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
 
 /* The grid for maps alone: no sums to keep together, so cells are as contiguous as can be. */
 inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize) {
-  constexpr ptrdiff_t cell = 128 * 1024;
+  const ptrdiff_t cell = (inner == 1 ? 512 : 128) * 1024; // columns have a table to fill
   Grid grid = {};
   grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
   if (has_small_planes(outer, inner)) {
@@ -94,7 +96,9 @@ inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   } else if (inner == 1) {
     grid.columns = true;
     grid.width = kMaxLine;
+    /* Lines of whole vectors, if tiles can be so. */
     if (channels < kPacked) grid.tile = kMaxLine / channels;
+    if (grid.tile >= 16) grid.tile = grid.tile / 16 * 16;
   } else {
     grid.width = clamp(cell / (inner * itemsize), 1, kMaxLine);
   }
@@ -121,7 +125,9 @@ template <class Real, class ValueOfChannel>
 inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
                       Real* line) {
   const ptrdiff_t repeat = grid.columns ? grid.inner : 1, places = channels * repeat;
-  for (ptrdiff_t c = 0; c < channels; ++c) {
+  if (repeat == 1)
+    for (ptrdiff_t c = 0; c < channels; ++c) line[c] = static_cast<Real>(value(c));
+  else for (ptrdiff_t c = 0; c < channels; ++c) {
     const Real v = static_cast<Real>(value(c));
     for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
   }
@@ -219,7 +225,7 @@ template <class T, class Terms>
 inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrdiff_t last,
                         ptrdiff_t block, SumTable sums) {
   constexpr ptrdiff_t chain = kChunk<T> / 8; // rows summed before a fold
-  double constants[2][kMaxLine + kPad], line[2][kMaxLine + kPad];
+  double constants[2][kSumLine + kPad], line[2][kSumLine + kPad];
   terms.lines(grid, first, last, constants[0], constants[1]);
   const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
   ptrdiff_t n = grid.first_position(block);
@@ -229,8 +235,8 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
     const ptrdiff_t places = tile * channels * grid.inner, lines = clamp((end - n) / tile, 1, chain);
     std::memset(line[0], 0, (places + kPad) * sizeof(double));
     std::memset(line[1], 0, (places + kPad) * sizeof(double));
-    add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places, kTreeRows,
-                line[0], line[1]);
+    add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places,
+                clamp(kAhead / (places * sizeof(T)), 1, 8) * kTreeRows, line[0], line[1]);
     fold_line(grid, first, last, tile, line[0], sums.first, sums.first_lo);
     fold_line(grid, first, last, tile, line[1], sums.second, sums.second_lo);
     n += lines * tile;
@@ -370,7 +376,7 @@ inline void finish_sums(const Grid& grid, double* partial, const double* __restr
 enum { kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kRows };
 
 template <class T> struct CoefficientTable {
-  typename Element<T>::Real row[kRows][kMaxLine + kPad];
+  alignas(64) typename Element<T>::Real row[kRows][kMaxLine + kPad];
 };
 
 /* A coefficient as a map takes it. */
@@ -387,26 +393,47 @@ template <class T> struct PickPerPlace {
   PerPlace<T> operator()(int which) const { return {table.row[which]}; }
 };
 
-/* Write every row or line of one cell, backwards: what was summed last is still nearest. */
+/* Write every row or line of one cell: writer(pick, rows, row stride, n, c, s, length). */
 template <class T, class Writer>
 inline void for_rows(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
                      const CoefficientTable<T>& table, const Writer& writer) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  const ptrdiff_t begin = grid.first_position(block);
-  ptrdiff_t t = grid.first_position(block + 1);
-  while (t > begin) {
-    if (grid.columns) {
-      const ptrdiff_t lines = clamp(t - begin, 1, grid.tile);
-      t -= lines;
-      writer(PickPerPlace<T>{table}, t, first, 0, lines * (last - first) * grid.inner);
-      continue;
-    }
-    --t;
+  const ptrdiff_t end = grid.first_position(block + 1);
+  ptrdiff_t t = grid.first_position(block);
+  if (grid.columns) {
+    const ptrdiff_t places = grid.tile * (last - first) * grid.inner;
+    for (; t + grid.tile <= end;)
+      t += grid.tile * writer(PickPerPlace<T>{table}, grid.tile, (end - t) / grid.tile, t, first,
+                              0, places);
+    if (t < end)
+      writer(PickPerPlace<T>{table}, 0, 1, t, first, 0, places / grid.tile * (end - t));
+    return;
+  }
+  for (; t < end; ++t) {
     const ptrdiff_t n = t / grid.segments, s = t % grid.segments * grid.segment;
     const ptrdiff_t length = grid.inner - s < grid.segment ? grid.inner - s : grid.segment;
     for (ptrdiff_t c = first; c < last; ++c)
-      writer(PickUniform<T>{table, c - first}, n, c, s, length);
+      writer(PickUniform<T>{table, c - first}, 1, 1, n, c, s, length);
   }
+}
+
+/* Write four of `rows` rows at a time where they are alike in alignment, else one; the number
+ * written. The rows are `step` positions apart. */
+constexpr int kRowsAtOnce = 4;
+
+template <bool Stream, class T, class MapOf>
+inline ptrdiff_t write_some(const MapOf& map_of, View<T> out, ptrdiff_t step, ptrdiff_t rows,
+                            ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, ptrdiff_t length) {
+  const ptrdiff_t stride = step * out.n_stride;
+  T* const row = out.at(n, c) + s;
+  if (rows >= kRowsAtOnce && stride % Element<T>::kLanes == 0) {
+    write_rows<Stream>({map_of(n), map_of(n + step), map_of(n + 2 * step), map_of(n + 3 * step)},
+                       {row, row + stride, row + 2 * stride, row + 3 * stride}, length,
+                       kRowsAtOnce * stride);
+    return kRowsAtOnce;
+  }
+  write_rows<Stream>({map_of(n)}, {row}, length, stride);
+  return 1;
 }
 
 template <class T, class Activation, bool Residual, bool Scaled, bool Stream>
@@ -416,13 +443,13 @@ struct NormalizeWriter {
   Activation activation;
 
   template <class Pick>
-  void operator()(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s,
-                  ptrdiff_t length) const {
-    const T* more = Residual ? residual.at(n, c) + s : nullptr;
-    const Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled> map = {
-        x.at(n, c) + s, more,         pick(kMeanHi), pick(kMeanLo),
-        pick(kScale),   pick(kOffset), pick(kUnit),   activation};
-    write_row<Stream>(map, y.at(n, c) + s, length);
+  ptrdiff_t operator()(const Pick& pick, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t c,
+                       ptrdiff_t s, ptrdiff_t length) const {
+    typedef Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled> Map;
+    return write_some<Stream>([&](ptrdiff_t row) {
+      return Map{x.at(row, c) + s, Residual ? residual.at(row, c) + s : nullptr, pick(kMeanHi),
+                 pick(kMeanLo), pick(kScale), pick(kOffset), pick(kUnit), activation};
+    }, y, step, rows, n, c, s, length);
   }
 };
 
@@ -431,12 +458,13 @@ template <class T, bool Scaled, bool Stream> struct GradientWriter {
   View<T> dx;
 
   template <class Pick>
-  void operator()(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s,
-                  ptrdiff_t length) const {
-    const Gradient<T, Pick::template Coefficient, Scaled> map = {
-        dy.at(n, c) + s, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi),
-        pick(kShiftLo),  pick(kSlope),   pick(kScale),  pick(kUnit)};
-    write_row<Stream>(map, dx.at(n, c) + s, length);
+  ptrdiff_t operator()(const Pick& pick, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t c,
+                       ptrdiff_t s, ptrdiff_t length) const {
+    typedef Gradient<T, Pick::template Coefficient, Scaled> Map;
+    return write_some<Stream>([&](ptrdiff_t row) {
+      return Map{dy.at(row, c) + s, x.at(row, c) + s, pick(kMeanHi), pick(kMeanLo),
+                 pick(kShiftHi), pick(kShiftLo), pick(kSlope), pick(kScale), pick(kUnit)};
+    }, dx, step, rows, n, c, s, length);
   }
 };
 
@@ -445,10 +473,12 @@ template <class T, bool Stream> struct FixedGradientWriter {
   View<T> dx;
 
   template <class Pick>
-  void operator()(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s,
-                  ptrdiff_t length) const {
-    const FixedGradient<T, Pick::template Coefficient> map = {dy.at(n, c) + s, pick(kScale)};
-    write_row<Stream>(map, dx.at(n, c) + s, length);
+  ptrdiff_t operator()(const Pick& pick, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t c,
+                       ptrdiff_t s, ptrdiff_t length) const {
+    typedef FixedGradient<T, Pick::template Coefficient> Map;
+    return write_some<Stream>([&](ptrdiff_t row) {
+      return Map{dy.at(row, c) + s, pick(kScale)};
+    }, dx, step, rows, n, c, s, length);
   }
 };
 
@@ -482,25 +512,34 @@ template <class T> inline double unit_of(double mean, double inv_std) {
   return std::ldexp(1.0, (exponent > 0 ? 60 : -60) - exponent);
 }
 
-/* The coefficients all maps share; true where a channel needs a unit other than 1. */
+/* Whether a channel's unit is 1, as told without a branch. */
+inline bool is_ordinary(double mean, double inv_std) {
+  const double offset = std::fabs(mean);
+  return (inv_std > 0x1p-60) & (inv_std < 0x1p60) & (offset < 0x1p60) &
+         ((offset >= 0x1p-60) | (offset == 0));
+}
+
+/* The coefficients all maps share, and each channel's unit; true where one is not 1. */
 template <class T, class Parameters>
 inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, ptrdiff_t last,
-                        double* unit, CoefficientTable<T>* table) {
+                        double* __restrict unit, CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
+  const ptrdiff_t channels = last - first;
+  const double *mean = p.mean + first, *inv_std = p.inv_std + first;
   bool scaled = false;
-  for (ptrdiff_t c = 0; c < last - first; ++c) {
-    unit[c] = unit_of<T>(p.mean[first + c], p.inv_std[first + c]);
-    scaled |= unit[c] != 1;
+  for (ptrdiff_t c = 0; c < channels; ++c) scaled |= !is_ordinary(mean[c], inv_std[c]);
+  for (ptrdiff_t c = 0; c < channels; ++c) unit[c] = 1;
+  for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<T>(mean[c], inv_std[c]);
+  Real hi[kMaxLine], lo[kMaxLine];
+  for (ptrdiff_t c = 0; c < channels; ++c) {
+    hi[c] = static_cast<Real>(mean[c] * unit[c]);
+    lo[c] = static_cast<Real>(mean[c] * unit[c] - hi[c]);
   }
-  const auto mean_hi = [&](ptrdiff_t c) { return static_cast<Real>(p.mean[first + c] * unit[c]); };
-  const auto mean_lo = [&](ptrdiff_t c) {
-    const double lower = p.mean_lo ? p.mean_lo[first + c] * unit[c] : 0;
-    return (p.mean[first + c] * unit[c] - mean_hi(c)) + lower;
-  };
-  fill_line(grid, last - first, mean_hi, table->row[kMeanHi]);
-  fill_line(grid, last - first, mean_lo, table->row[kMeanLo]);
-  if (scaled)
-    fill_line(grid, last - first, [&](ptrdiff_t c) { return unit[c]; }, table->row[kUnit]);
+  for (ptrdiff_t c = 0; p.mean_lo && c < channels; ++c)
+    lo[c] = static_cast<Real>((mean[c] * unit[c] - hi[c]) + p.mean_lo[first + c] * unit[c]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row[kMeanHi]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return lo[c]; }, table->row[kMeanLo]);
+  if (scaled) fill_line(grid, channels, [&](ptrdiff_t c) { return unit[c]; }, table->row[kUnit]);
   return scaled;
 }
 

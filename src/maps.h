@@ -79,6 +79,11 @@ struct Normalize {
   Coefficient<T> mean_hi, mean_lo, scale, offset, unit;
   Activation activation;
 
+  void prefetch(ptrdiff_t i) const {
+    __builtin_prefetch(x + i);
+    if (Residual) __builtin_prefetch(residual + i);
+  }
+
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
     auto v = load<Whole>(x + i, k);
@@ -94,6 +99,11 @@ struct Gradient {
   const T* dy;
   const T* x;
   Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale, unit;
+
+  void prefetch(ptrdiff_t i) const {
+    __builtin_prefetch(x + i);
+    __builtin_prefetch(dy + i);
+  }
 
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
@@ -111,6 +121,8 @@ struct FixedGradient {
   const T* dy;
   Coefficient<T> scale;
 
+  void prefetch(ptrdiff_t i) const { __builtin_prefetch(dy + i); }
+
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
     return load<Whole>(dy + i, k) * scale.at(i);
@@ -123,32 +135,52 @@ BNCORE_INLINE void store_aligned(T* out, typename Element<T>::Vec v) {
   else Element<T>::store(out, v);
 }
 
-/* Write n elements of the map to `out`. Whole vectors are stored aligned, past the cache where
- * Stream says so; what stands before and after them is stored in part. */
-template <bool Stream, class T, class Map>
-inline void write_row(const Map& map, T* out, ptrdiff_t n) {
+/* Write n elements of each map to its `out`, all of one alignment. Whole vectors are stored
+ * aligned, past the cache where Stream says so; what stands before and after them is stored in
+ * part. Such a part needs its line of memory first, and stores are made in order, so the lines of
+ * the row written `ahead` elements further on are fetched now. Several rows at a time share the
+ * loads of coefficients per place, which would otherwise wait for stores that end in the same 12
+ * bits of the address. */
+template <bool Stream, int Rows, class T, class Map>
+inline void write_rows(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t n,
+                       ptrdiff_t ahead) {
   typedef Element<T> E;
-  constexpr int lanes = E::kLanes, unroll = 4;
+  constexpr int lanes = E::kLanes, unroll = Rows == 1 ? 4 : 1;
+  if (Stream && ahead)
+    for (T* row : out) {
+      __builtin_prefetch(row + ahead, 1);
+      __builtin_prefetch(row + ahead + n, 1);
+    }
   ptrdiff_t i = 0;
   if (n >= 2 * lanes) {
-    const ptrdiff_t past = reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T));
+    const ptrdiff_t past = reinterpret_cast<uintptr_t>(out[0]) % (lanes * sizeof(T));
     const int head = past ? lanes - static_cast<int>(past / sizeof(T)) : 0;
-    if (head) E::store_part(out, map.template at<false>(0, head), head);
+    if (head)
+      for (int r = 0; r < Rows; ++r)
+        E::store_part(out[r], maps[r].template at<false>(0, head), head);
     for (i = head; i + unroll * lanes <= n; i += unroll * lanes) {
-      typename E::Vec v[unroll];
+      typename E::Vec v[Rows][unroll];
+      if (Rows > 1)
+        for (const Map& map : maps) map.prefetch(i + ahead);
 #pragma GCC unroll 4
-      for (int j = 0; j < unroll; ++j) v[j] = map.template at<true>(i + j * lanes, lanes);
+      for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < unroll; ++j) store_aligned<Stream>(out + i + j * lanes, v[j]);
+        for (int j = 0; j < unroll; ++j)
+          v[r][j] = maps[r].template at<true>(i + j * lanes, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < unroll; ++j) store_aligned<Stream>(out[r] + i + j * lanes, v[r][j]);
     }
-    for (; i + lanes <= n; i += lanes)
-      store_aligned<Stream>(out + i, map.template at<true>(i, lanes));
+    for (; unroll > 1 && i + lanes <= n; i += lanes)
+      for (int r = 0; r < Rows; ++r)
+        store_aligned<Stream>(out[r] + i, maps[r].template at<true>(i, lanes));
   }
-  for (; i + lanes <= n; i += lanes) E::store(out + i, map.template at<true>(i, lanes));
-  if (i < n) {
-    const int k = static_cast<int>(n - i);
-    E::store_part(out + i, map.template at<false>(i, k), k);
-  }
+  for (; i + lanes <= n; i += lanes)
+    for (int r = 0; r < Rows; ++r) E::store(out[r] + i, maps[r].template at<true>(i, lanes));
+  const int k = static_cast<int>(n - i);
+  if (k)
+    for (int r = 0; r < Rows; ++r) E::store_part(out[r] + i, maps[r].template at<false>(i, k), k);
 }
 
 } // namespace bncore

@@ -171,11 +171,14 @@ template <int Rows, class Terms>
 inline void add_rows(const Terms& terms, ptrdiff_t row, ptrdiff_t channels, ptrdiff_t ahead,
                      double* first, double* second) {
   ptrdiff_t c = 0;
-  for (; c + kWide <= channels; c += kWide) {
+  for (; c + 2 * kWide <= channels; c += 2 * kWide) {
     if (ahead)
       for (int r = 0; r < Rows; ++r) terms.prefetch(row + r + ahead, c);
     add_tree<Rows, true>(terms, row, c, kWide, first, second);
+    add_tree<Rows, true>(terms, row, c + kWide, kWide, first, second);
   }
+  for (; c + kWide <= channels; c += kWide)
+    add_tree<Rows, true>(terms, row, c, kWide, first, second);
   if (c < channels)
     add_tree<Rows, false>(terms, row, c, static_cast<int>(channels - c), first, second);
 }
