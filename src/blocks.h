@@ -188,13 +188,17 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, p
                      ptrdiff_t last, ptrdiff_t block, SumTable sums) {
   Accumulator accumulators[kMaxRowsWidth];
   for (ptrdiff_t c = first; c < last; ++c) accumulators[c - first] = Accumulator();
+  /* Prefetchers follow a long row by themselves once told where it goes on; of short ones the
+   * row after the next is fetched. */
+  const bool long_rows = grid.inner * sizeof(T) >= 8192;
+  const ptrdiff_t ahead = long_rows ? 2048 / sizeof(T) : 2 * n_stride;
   ptrdiff_t filled = 0;
   const ptrdiff_t end = grid.first_position(block + 1);
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
     const ptrdiff_t n = t / grid.segments, s = t % grid.segments * grid.segment;
     const ptrdiff_t length = grid.inner - s < grid.segment ? grid.inner - s : grid.segment;
     for (ptrdiff_t c = first; c < last; ++c)
-      add_row(terms.row(n, c, s), length, 2 * n_stride, &accumulators[c - first]);
+      add_row(terms.row(n, c, s), length, ahead, &accumulators[c - first]);
     filled += length;
     if (filled < kChunk<T> && t + 1 < end) continue;
     filled = 0;

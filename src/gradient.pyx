@@ -82,6 +82,7 @@ cdef void differentiate(
     """Both passes, group by group where a group stays in a cache."""
     cdef ptrdiff_t group, block, cell
     cdef bint stream = is_streamed(grid, sizeof(element))
+    cdef Grid cells = map_grid(grid.outer, grid.channels, grid.inner, sizeof(element))
     if is_resident(grid, 2 * sizeof(element), num_threads):
         for group in prange(grid.groups, schedule="dynamic", num_threads=num_threads):
             for block in range(grid.blocks):
@@ -100,9 +101,9 @@ cdef void differentiate(
             )
         for group in prange(grid.groups, schedule="static"):
             finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
-        for cell in prange(grid.groups * grid.blocks - 1, -1, -1, schedule="dynamic"):
+        for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
             gradient_block(
-                grid, dy, x, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+                cells, dy, x, dx, parameters, stream, cell // cells.blocks, cell % cells.blocks
             )
 
 

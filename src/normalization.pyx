@@ -53,6 +53,7 @@ cdef void normalize_batch(
     parameters.mean, parameters.mean_lo, parameters.inv_std = mean, mean_lo, inv_std
     parameters.gamma, parameters.beta = gamma, beta
     cdef bint stream = is_streamed(grid, sizeof(element))
+    cdef Grid cells = map_grid(grid.outer, channels, grid.inner, sizeof(element))
     if is_resident(grid, sizeof(element), num_threads):
         for group in prange(grid.groups, schedule="dynamic", num_threads=num_threads):
             for c in range(grid.first_channel(group), grid.last_channel(group)):
@@ -72,10 +73,10 @@ cdef void normalize_batch(
         for group in prange(grid.groups, schedule="static"):
             finish_moments(grid, x, partial, shift, group, mean, mean_lo, var)
             finish_inv_std(grid, eps, group, var, inv_std)
-        for cell in prange(grid.groups * grid.blocks - 1, -1, -1, schedule="dynamic"):
+        for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
             normalize_block(
-                grid, x, residual, y, parameters, epilogue, stream,
-                cell // grid.blocks, cell % grid.blocks,
+                cells, x, residual, y, parameters, epilogue, stream,
+                cell // cells.blocks, cell % cells.blocks,
             )
 
 
