@@ -13,7 +13,9 @@
 #ifndef BNCORE_BLOCKS_H
 #define BNCORE_BLOCKS_H
 
+#include <atomic>
 #include <cmath>
+#include <initializer_list>
 
 #include "maps.h"
 #include "sums.h"
@@ -144,6 +146,10 @@ struct SumTable {
     double* row = partial + block * 4 * channels;
     return {row, row + channels, row + 2 * channels, row + 3 * channels};
   }
+  void clear(ptrdiff_t begin, ptrdiff_t end) const {
+    for (double* row : {first, first_lo, second, second_lo})
+      std::memset(row + begin, 0, (end - begin) * sizeof(double));
+  }
 };
 
 /* Terms of a forward pass: deviations from a shift per channel. */
@@ -182,32 +188,46 @@ template <class T> struct BackwardTerms {
   }
 };
 
+/* The piece of a row at a position. */
+struct Piece {
+  ptrdiff_t n, s, length;
+
+  static Piece at(const Grid& grid, ptrdiff_t position) {
+    const ptrdiff_t s = position % grid.segments * grid.segment, rest = grid.inner - s;
+    return {position / grid.segments, s, rest < grid.segment ? rest : grid.segment};
+  }
+};
+
+/* How far ahead a row is fetched. Prefetchers follow a long row by themselves once told where it
+ * goes on; of short ones the row after the next is fetched. */
+template <class T> inline ptrdiff_t ahead_of(const Grid& grid, ptrdiff_t n_stride) {
+  const ptrdiff_t row_bytes = grid.inner * static_cast<ptrdiff_t>(sizeof(T));
+  return row_bytes >= 8192 ? 2048 / static_cast<ptrdiff_t>(sizeof(T)) : 2 * n_stride;
+}
+
+/* End a chunk of channel c: its accumulator goes to the sums. */
+inline void flush(Accumulator* accumulator, SumTable sums, ptrdiff_t c) {
+  two_sum(accumulator->first_total(), &sums.first[c], &sums.first_lo[c]);
+  two_sum(accumulator->second_total(), &sums.second[c], &sums.second_lo[c]);
+  *accumulator = Accumulator();
+}
+
 /* Rows of one cell, into sums[first..last). */
 template <class T, class Terms>
 inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t first,
                      ptrdiff_t last, ptrdiff_t block, SumTable sums) {
   Accumulator accumulators[kMaxRowsWidth];
   for (ptrdiff_t c = first; c < last; ++c) accumulators[c - first] = Accumulator();
-  /* Prefetchers follow a long row by themselves once told where it goes on; of short ones the
-   * row after the next is fetched. */
-  const bool long_rows = grid.inner * sizeof(T) >= 8192;
-  const ptrdiff_t ahead = long_rows ? 2048 / sizeof(T) : 2 * n_stride;
+  const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
   ptrdiff_t filled = 0;
-  const ptrdiff_t end = grid.first_position(block + 1);
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
-    const ptrdiff_t n = t / grid.segments, s = t % grid.segments * grid.segment;
-    const ptrdiff_t length = grid.inner - s < grid.segment ? grid.inner - s : grid.segment;
+    const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t c = first; c < last; ++c)
-      add_row(terms.row(n, c, s), length, ahead, &accumulators[c - first]);
-    filled += length;
+      add_row(terms.row(piece.n, c, piece.s), piece.length, ahead, &accumulators[c - first]);
+    filled += piece.length;
     if (filled < kChunk<T> && t + 1 < end) continue;
     filled = 0;
-    for (ptrdiff_t c = first; c < last; ++c) {
-      Accumulator& full = accumulators[c - first];
-      two_sum(full.first_total(), &sums.first[c], &sums.first_lo[c]);
-      two_sum(full.second_total(), &sums.second[c], &sums.second_lo[c]);
-      full = Accumulator();
-    }
+    for (ptrdiff_t c = first; c < last; ++c) flush(&accumulators[c - first], sums, c);
   }
 }
 
@@ -252,8 +272,7 @@ inline void sum_block(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, 
                       ptrdiff_t block, double* partial) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const SumTable sums = SumTable::of(partial, block, grid.channels);
-  for (double* row : {sums.first, sums.first_lo, sums.second, sums.second_lo})
-    std::memset(row + first, 0, (last - first) * sizeof(double));
+  sums.clear(first, last);
   if (grid.columns) sum_columns<T>(grid, terms, first, last, block, sums);
   else sum_rows<T>(grid, terms, n_stride, first, last, block, sums);
 }
@@ -397,92 +416,113 @@ template <class T> struct PickPerPlace {
   PerPlace<T> operator()(int which) const { return {table.row[which]}; }
 };
 
-/* Write every row or line of one cell: writer(pick, rows, row stride, n, c, s, length). */
+/* Write lines of a group from position t on, at most `tiles` tiles of them; the number of tiles
+ * written: several where they are alike in alignment. */
+constexpr int kLinesAtOnce = 4;
+
 template <class T, class Writer>
-inline void for_rows(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
-                     const CoefficientTable<T>& table, const Writer& writer) {
+inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
+                             const Writer& writer, ptrdiff_t c, ptrdiff_t t, ptrdiff_t tiles,
+                             ptrdiff_t length) {
+  const PickPerPlace<T> pick = {table};
+  const ptrdiff_t step = grid.tile, stride = step * writer.out.n_stride;
+  T* const line = writer.out.at(t, c);
+  const auto map = [&](ptrdiff_t i) { return writer.map(pick, t + i * step, c, 0); };
+  if (tiles >= kLinesAtOnce && stride % Element<T>::kLanes == 0) {
+    write_rows<Writer::kStream>({map(0), map(1), map(2), map(3)},
+                                {line, line + stride, line + 2 * stride, line + 3 * stride},
+                                length, kLinesAtOnce * stride);
+    return kLinesAtOnce;
+  }
+  write_rows<Writer::kStream>({map(0)}, {line}, length, stride);
+  return 1;
+}
+
+/* Write every row or line of one cell. */
+template <class T, class Writer>
+inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
+                       const CoefficientTable<T>& table, const Writer& writer) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const ptrdiff_t end = grid.first_position(block + 1);
   ptrdiff_t t = grid.first_position(block);
   if (grid.columns) {
-    const ptrdiff_t places = grid.tile * (last - first) * grid.inner;
-    for (; t + grid.tile <= end;)
-      t += grid.tile * writer(PickPerPlace<T>{table}, grid.tile, (end - t) / grid.tile, t, first,
-                              0, places);
-    if (t < end)
-      writer(PickPerPlace<T>{table}, 0, 1, t, first, 0, places / grid.tile * (end - t));
+    const ptrdiff_t places = (last - first) * grid.inner;
+    while (t + grid.tile <= end)
+      t += grid.tile * write_lines(grid, table, writer, first, t, (end - t) / grid.tile,
+                                   grid.tile * places);
+    if (t < end) write_lines(grid, table, writer, first, t, 1, (end - t) * places);
     return;
   }
   for (; t < end; ++t) {
-    const ptrdiff_t n = t / grid.segments, s = t % grid.segments * grid.segment;
-    const ptrdiff_t length = grid.inner - s < grid.segment ? grid.inner - s : grid.segment;
+    const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t c = first; c < last; ++c)
-      writer(PickUniform<T>{table, c - first}, 1, 1, n, c, s, length);
+      write_rows<Writer::kStream>({writer.map(PickUniform<T>{table, c - first}, piece.n, c, piece.s)},
+                                  {writer.out.at(piece.n, c) + piece.s}, piece.length,
+                                  c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
   }
 }
 
-/* Write four of `rows` rows at a time where they are alike in alignment, else one; the number
- * written. The rows are `step` positions apart. */
-constexpr int kRowsAtOnce = 4;
-
-template <bool Stream, class T, class MapOf>
-inline ptrdiff_t write_some(const MapOf& map_of, View<T> out, ptrdiff_t step, ptrdiff_t rows,
-                            ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, ptrdiff_t length) {
-  const ptrdiff_t stride = step * out.n_stride;
-  T* const row = out.at(n, c) + s;
-  if (rows >= kRowsAtOnce && stride % Element<T>::kLanes == 0) {
-    write_rows<Stream>({map_of(n), map_of(n + step), map_of(n + 2 * step), map_of(n + 3 * step)},
-                       {row, row + stride, row + 2 * stride, row + 3 * stride}, length,
-                       kRowsAtOnce * stride);
-    return kRowsAtOnce;
+/* Write one cell of a channel while the same cell of channel `next` is summed (rows only). */
+template <class T, class Writer, class Terms>
+inline void write_and_sum_cell(const Grid& grid, ptrdiff_t channel, ptrdiff_t next,
+                               ptrdiff_t block, const CoefficientTable<T>& table,
+                               const Writer& writer, const Terms& terms, ptrdiff_t n_stride,
+                               double* partial) {
+  const SumTable sums = SumTable::of(partial, block, grid.channels);
+  sums.clear(next, next + 1);
+  Accumulator accumulator = Accumulator();
+  const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
+  ptrdiff_t filled = 0;
+  for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
+    const Piece piece = Piece::at(grid, t);
+    write_and_add_row<Writer::kStream>(
+        writer.map(PickUniform<T>{table, 0}, piece.n, channel, piece.s),
+        writer.out.at(piece.n, channel) + piece.s, terms.row(piece.n, next, piece.s),
+        piece.length, writer.out.n_stride, ahead, &accumulator);
+    filled += piece.length;
+    if (filled < kChunk<T> && t + 1 < end) continue;
+    filled = 0;
+    flush(&accumulator, sums, next);
   }
-  write_rows<Stream>({map_of(n)}, {row}, length, stride);
-  return 1;
 }
 
+/* Writers: the map of a row and where it goes. */
 template <class T, class Activation, bool Residual, bool Scaled, bool Stream>
 struct NormalizeWriter {
+  static constexpr bool kStream = Stream;
   View<const T> x, residual;
-  View<T> y;
+  View<T> out;
   Activation activation;
 
   template <class Pick>
-  ptrdiff_t operator()(const Pick& pick, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t c,
-                       ptrdiff_t s, ptrdiff_t length) const {
-    typedef Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled> Map;
-    return write_some<Stream>([&](ptrdiff_t row) {
-      return Map{x.at(row, c) + s, Residual ? residual.at(row, c) + s : nullptr, pick(kMeanHi),
-                 pick(kMeanLo), pick(kScale), pick(kOffset), pick(kUnit), activation};
-    }, y, step, rows, n, c, s, length);
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled>{
+        x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo),
+        pick(kScale), pick(kOffset), pick(kUnit), activation};
   }
 };
 
 template <class T, bool Scaled, bool Stream> struct GradientWriter {
+  static constexpr bool kStream = Stream;
   View<const T> dy, x;
-  View<T> dx;
+  View<T> out;
 
   template <class Pick>
-  ptrdiff_t operator()(const Pick& pick, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t c,
-                       ptrdiff_t s, ptrdiff_t length) const {
-    typedef Gradient<T, Pick::template Coefficient, Scaled> Map;
-    return write_some<Stream>([&](ptrdiff_t row) {
-      return Map{dy.at(row, c) + s, x.at(row, c) + s, pick(kMeanHi), pick(kMeanLo),
-                 pick(kShiftHi), pick(kShiftLo), pick(kSlope), pick(kScale), pick(kUnit)};
-    }, dx, step, rows, n, c, s, length);
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return Gradient<T, Pick::template Coefficient, Scaled>{
+        dy.at(n, c) + s, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi),
+        pick(kShiftLo), pick(kSlope), pick(kScale), pick(kUnit)};
   }
 };
 
 template <class T, bool Stream> struct FixedGradientWriter {
+  static constexpr bool kStream = Stream;
   View<const T> dy;
-  View<T> dx;
+  View<T> out;
 
   template <class Pick>
-  ptrdiff_t operator()(const Pick& pick, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t c,
-                       ptrdiff_t s, ptrdiff_t length) const {
-    typedef FixedGradient<T, Pick::template Coefficient> Map;
-    return write_some<Stream>([&](ptrdiff_t row) {
-      return Map{dy.at(row, c) + s, pick(kScale)};
-    }, dx, step, rows, n, c, s, length);
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return FixedGradient<T, Pick::template Coefficient>{dy.at(n, c) + s, pick(kScale)};
   }
 };
 
@@ -491,7 +531,6 @@ struct NormalizeParameters {
   const double *mean, *mean_lo, *inv_std, *gamma, *beta;
 };
 
-/* sum_dy is null where the statistics were constants. */
 struct GradientParameters {
   const double *mean, *mean_lo, *inv_std, *gamma, *sum_dy, *sum_dy_xhat;
   double count;
@@ -547,26 +586,51 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   return scaled;
 }
 
-template <class T, class Activation, bool Residual, bool Scaled>
-inline void normalize_cell(const Grid& grid, View<const T> x, View<const T> residual, View<T> y,
-                           const CoefficientTable<T>& table, Activation activation, bool stream,
-                           ptrdiff_t group, ptrdiff_t block) {
+/* What a cell does: write, or write while another channel is summed. */
+template <class T> struct JustWrite {
+  const Grid& grid;
+  ptrdiff_t group, block;
+
+  template <class Writer>
+  void operator()(const CoefficientTable<T>& table, const Writer& writer) const {
+    write_cell(grid, group, block, table, writer);
+    if (Writer::kStream) stream_fence();
+  }
+};
+
+template <class T, class Terms> struct WriteAndSum {
+  const Grid& grid;
+  ptrdiff_t group, block, next;
+  Terms terms;
+  ptrdiff_t n_stride;
+  double* partial;
+
+  template <class Writer>
+  void operator()(const CoefficientTable<T>& table, const Writer& writer) const {
+    write_and_sum_cell(grid, group, next, block, table, writer, terms, n_stride, partial);
+    if (Writer::kStream) stream_fence();
+  }
+};
+
+template <class T, class Activation, bool Residual, bool Scaled, class Work>
+inline void normalize_with(const Work& work, const CoefficientTable<T>& table, View<const T> x,
+                           View<const T> residual, View<T> y, Activation activation,
+                           bool stream) {
   if (stream)
-    for_rows(grid, group, block, table,
-             NormalizeWriter<T, Activation, Residual, Scaled, true>{x, residual, y, activation});
+    work(table, NormalizeWriter<T, Activation, Residual, Scaled, true>{x, residual, y, activation});
   else
-    for_rows(grid, group, block, table,
-             NormalizeWriter<T, Activation, Residual, Scaled, false>{x, residual, y, activation});
+    work(table,
+         NormalizeWriter<T, Activation, Residual, Scaled, false>{x, residual, y, activation});
 }
 
 /* y of one cell. A unit is always multiplied in beside a residual or an activation, where 1
  * changes nothing and another instance would cost more than it saves. */
-template <class T>
-inline void normalize_block(const Grid& grid, View<const T> x, View<const T> residual, View<T> y,
-                            const NormalizeParameters& p, Epilogue epilogue, bool stream,
-                            ptrdiff_t group, ptrdiff_t block) {
+template <class T, class Work>
+inline void normalize_work(const Work& work, View<const T> x, View<const T> residual, View<T> y,
+                           const NormalizeParameters& p, Epilogue epilogue, bool stream) {
   typedef typename Element<T>::Real Real;
-  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const Grid& grid = work.grid;
+  const ptrdiff_t first = grid.first_channel(work.group), last = grid.last_channel(work.group);
   CoefficientTable<T> table;
   double unit[kMaxLine];
   const bool plain = !residual.data && epilogue.activation == 0;
@@ -579,61 +643,113 @@ inline void normalize_block(const Grid& grid, View<const T> x, View<const T> res
   }, table.row[kScale]);
   fill_line(grid, last - first, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
             table.row[kOffset]);
+  const Identity<T> identity;
   const Clip<T> clip = {static_cast<Real>(epilogue.a), static_cast<Real>(epilogue.b)};
   const LeakyRelu<T> leaky = {static_cast<Real>(epilogue.a)};
-#define BNCORE_CELL(activation, with_residual, with_unit)                                         \
-  normalize_cell<T, decltype(activation), with_residual, with_unit>(                              \
-      grid, x, residual, y, table, activation, stream, group, block)
+#define BNCORE_WORK(activation, with_residual, with_unit)                                         \
+  normalize_with<T, decltype(activation), with_residual, with_unit>(work, table, x, residual, y,  \
+                                                                    activation, stream)
   if (plain) {
-    if (scaled) BNCORE_CELL(Identity<T>(), false, true);
-    else BNCORE_CELL(Identity<T>(), false, false);
+    if (scaled) BNCORE_WORK(identity, false, true);
+    else BNCORE_WORK(identity, false, false);
   } else if (residual.data) {
-    if (epilogue.activation == 1) BNCORE_CELL(clip, true, true);
-    else if (epilogue.activation == 2) BNCORE_CELL(leaky, true, true);
-    else BNCORE_CELL(Identity<T>(), true, true);
+    if (epilogue.activation == 1) BNCORE_WORK(clip, true, true);
+    else if (epilogue.activation == 2) BNCORE_WORK(leaky, true, true);
+    else BNCORE_WORK(identity, true, true);
   } else {
-    if (epilogue.activation == 1) BNCORE_CELL(clip, false, true);
-    else BNCORE_CELL(leaky, false, true);
+    if (epilogue.activation == 1) BNCORE_WORK(clip, false, true);
+    else BNCORE_WORK(leaky, false, true);
   }
-#undef BNCORE_CELL
-  if (stream) stream_fence();
+#undef BNCORE_WORK
+}
+
+template <class T>
+inline void normalize_block(const Grid& grid, View<const T> x, View<const T> residual, View<T> y,
+                            const NormalizeParameters& p, Epilogue epilogue, bool stream,
+                            ptrdiff_t group, ptrdiff_t block) {
+  normalize_work(JustWrite<T>{grid, group, block}, x, residual, y, p, epilogue, stream);
+}
+
+/* y of one channel's cell, and the moments' sums of the same cell of channel `next`. */
+template <class T>
+inline void normalize_and_sum_block(const Grid& grid, View<const T> x, View<const T> residual,
+                                    View<T> y, const NormalizeParameters& p, Epilogue epilogue,
+                                    bool stream, ptrdiff_t channel, ptrdiff_t block,
+                                    ptrdiff_t next, const double* shift, double* partial) {
+  typedef WriteAndSum<T, MomentTerms<T>> Work;
+  normalize_work(Work{grid, channel, block, next, {x, shift}, x.n_stride, partial}, x, residual, y,
+                 p, epilogue, stream);
 }
 
 /* dx of one cell. */
-template <class T>
-inline void gradient_block(const Grid& grid, View<const T> dy, View<const T> x, View<T> dx,
-                           const GradientParameters& p, bool stream, ptrdiff_t group,
-                           ptrdiff_t block) {
+template <class T, class Work>
+inline void gradient_work(const Work& work, View<const T> dy, View<const T> x, View<T> dx,
+                          const GradientParameters& p, bool stream) {
   typedef typename Element<T>::Real Real;
-  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const Grid& grid = work.grid;
+  const ptrdiff_t first = grid.first_channel(work.group), last = grid.last_channel(work.group);
   CoefficientTable<T> table;
   double unit[kMaxLine];
   fill_line(grid, last - first, [&](ptrdiff_t c) {
     return p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
   }, table.row[kScale]);
-  if (!p.sum_dy) {
-    if (stream) for_rows(grid, group, block, table, FixedGradientWriter<T, true>{dy, dx});
-    else for_rows(grid, group, block, table, FixedGradientWriter<T, false>{dy, dx});
+  const bool scaled = fill_centre<T>(grid, p, first, last, unit, &table);
+  const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
+  const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
+  fill_line(grid, last - first, shift_hi, table.row[kShiftHi]);
+  fill_line(grid, last - first, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
+            table.row[kShiftLo]);
+  fill_line(grid, last - first, [&](ptrdiff_t c) {
+    return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
+  }, table.row[kSlope]);
+  if (scaled) {
+    if (stream) work(table, GradientWriter<T, true, true>{dy, x, dx});
+    else work(table, GradientWriter<T, true, false>{dy, x, dx});
   } else {
-    const bool scaled = fill_centre<T>(grid, p, first, last, unit, &table);
-    const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
-    const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
-    fill_line(grid, last - first, shift_hi, table.row[kShiftHi]);
-    fill_line(grid, last - first, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
-              table.row[kShiftLo]);
-    fill_line(grid, last - first, [&](ptrdiff_t c) {
-      return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
-    }, table.row[kSlope]);
-    if (scaled) {
-      if (stream) for_rows(grid, group, block, table, GradientWriter<T, true, true>{dy, x, dx});
-      else for_rows(grid, group, block, table, GradientWriter<T, true, false>{dy, x, dx});
-    } else {
-      if (stream) for_rows(grid, group, block, table, GradientWriter<T, false, true>{dy, x, dx});
-      else for_rows(grid, group, block, table, GradientWriter<T, false, false>{dy, x, dx});
-    }
+    if (stream) work(table, GradientWriter<T, false, true>{dy, x, dx});
+    else work(table, GradientWriter<T, false, false>{dy, x, dx});
   }
-  if (stream) stream_fence();
 }
+
+template <class T>
+inline void gradient_block(const Grid& grid, View<const T> dy, View<const T> x, View<T> dx,
+                           const GradientParameters& p, bool stream, ptrdiff_t group,
+                           ptrdiff_t block) {
+  gradient_work(JustWrite<T>{grid, group, block}, dy, x, dx, p, stream);
+}
+
+/* dx of one channel's cell, and the gradient's sums of the same cell of channel `next`. */
+template <class T>
+inline void gradient_and_sum_block(const Grid& grid, View<const T> dy, View<const T> x,
+                                   View<T> dx, const GradientParameters& p, bool stream,
+                                   ptrdiff_t channel, ptrdiff_t block, ptrdiff_t next,
+                                   double* partial) {
+  typedef WriteAndSum<T, BackwardTerms<T>> Work;
+  gradient_work(
+      Work{grid, channel, block, next, {dy, x, p.mean, p.mean_lo}, x.n_stride, partial}, dy, x, dx,
+      p, stream);
+}
+
+/* dx = gamma inv_std dy of one cell: the statistics were constants. */
+template <class T>
+inline void fixed_gradient_block(const Grid& grid, View<const T> dy, View<T> dx,
+                                 const GradientParameters& p, bool stream, ptrdiff_t group,
+                                 ptrdiff_t block) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  CoefficientTable<T> table;
+  fill_line(grid, last - first, [&](ptrdiff_t c) {
+    return p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
+  }, table.row[kScale]);
+  const JustWrite<T> work = {grid, group, block};
+  if (stream) work(table, FixedGradientWriter<T, true>{dy, dx});
+  else work(table, FixedGradientWriter<T, false>{dy, dx});
+}
+
+/* Hands out groups to the threads of a team, each once, whoever comes. */
+struct Tickets {
+  std::atomic<ptrdiff_t> taken{0};
+  ptrdiff_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+};
 
 } // namespace bncore
 

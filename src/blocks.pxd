@@ -57,6 +57,20 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
                            const GradientParameters&, bint stream, ptrdiff_t group,
                            ptrdiff_t block)
 
+    # The same with the sums of another channel's cell (rows, one channel to a group).
+    void normalize_and_sum_block[T](const Grid&, View[const T], View[const T] residual, View[T],
+                                    const NormalizeParameters&, Epilogue, bint stream,
+                                    ptrdiff_t channel, ptrdiff_t block, ptrdiff_t next,
+                                    const double* shift, double* partial)
+    void gradient_and_sum_block[T](const Grid&, View[const T] dy, View[const T], View[T],
+                                   const GradientParameters&, bint stream, ptrdiff_t channel,
+                                   ptrdiff_t block, ptrdiff_t next, double* partial)
+    void fixed_gradient_block[T](const Grid&, View[const T] dy, View[T],
+                                 const GradientParameters&, bint stream, ptrdiff_t group,
+                                 ptrdiff_t block)
+    cppclass Tickets:
+        ptrdiff_t take()
+
 ctypedef fused element:
     float
     double

@@ -18,8 +18,8 @@ from arguments cimport (
     same_or_apart, shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, GradientParameters, Grid, Half, View, element, finish_sums, gradient_block,
-    map_grid, reduce_block, sum_grid,
+    BFloat16, GradientParameters, Grid, Half, Tickets, View, element, finish_sums,
+    fixed_gradient_block, gradient_and_sum_block, gradient_block, map_grid, reduce_block, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
 
@@ -63,9 +63,60 @@ cdef void apply_all(
     for cell in prange(
         grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
     ):
-        gradient_block(
-            grid, dy, x, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
-        )
+        if parameters.sum_dy == NULL:
+            fixed_gradient_block(
+                grid, dy, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+            )
+        else:
+            gradient_block(
+                grid, dy, x, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+            )
+
+
+cdef void reduce_group(
+    const Grid& grid,
+    View[const element] dy,     # (N, C, S)
+    View[const element] x,      # (N, C, S)
+    const GradientParameters& parameters,
+    ptrdiff_t group,
+    double* partial,            # (blocks, 4, C)
+) noexcept nogil:
+    cdef ptrdiff_t block
+    for block in range(grid.blocks):
+        reduce_block(grid, dy, x, parameters.mean, parameters.mean_lo, group, block, partial)
+
+
+cdef void differentiate_groups(
+    const Grid& grid,
+    View[const element] dy,     # (N, C, S)
+    View[const element] x,      # (N, C, S)
+    const GradientParameters& parameters,
+    bint stream,
+    double* partial,            # (blocks, 4, C), scratch
+    View[element] dx,           # (N, C, S)
+    double* sum_dy,             # (C,)
+    double* sum_dy_xhat,        # (C,)
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part: reduce a group, then apply it while the next one is reduced."""
+    cdef ptrdiff_t block, following, group = tickets.take()
+    cdef bint overlap = grid.width == 1 and not grid.columns
+    if group < grid.groups:
+        reduce_group(grid, dy, x, parameters, group, partial)
+    while group < grid.groups:
+        finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+        following = tickets.take()
+        if overlap and following < grid.groups:
+            for block in range(grid.blocks):
+                gradient_and_sum_block(
+                    grid, dy, x, dx, parameters, stream, group, block, following, partial
+                )
+        else:
+            for block in range(grid.blocks - 1, -1, -1):
+                gradient_block(grid, dy, x, dx, parameters, stream, group, block)
+            if following < grid.groups:
+                reduce_group(grid, dy, x, parameters, following, partial)
+        group = following
 
 
 cdef void differentiate(
@@ -80,18 +131,15 @@ cdef void differentiate(
     int num_threads,
 ) noexcept nogil:
     """Both passes, group by group where a group stays in a cache."""
-    cdef ptrdiff_t group, block, cell
+    cdef ptrdiff_t group, cell
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Grid cells = map_grid(grid.outer, grid.channels, grid.inner, sizeof(element))
+    cdef Tickets tickets
     if is_resident(grid, 2 * sizeof(element), num_threads):
-        for group in prange(grid.groups, schedule="dynamic", num_threads=num_threads):
-            for block in range(grid.blocks):
-                reduce_block(
-                    grid, dy, x, parameters.mean, parameters.mean_lo, group, block, partial
-                )
-            finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
-            for block in range(grid.blocks - 1, -1, -1):
-                gradient_block(grid, dy, x, dx, parameters, stream, group, block)
+        with parallel(num_threads=num_threads):
+            differentiate_groups(
+                grid, dy, x, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets
+            )
         return
     with parallel(num_threads=num_threads):
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):

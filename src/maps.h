@@ -12,7 +12,7 @@
 #ifndef BNCORE_MAPS_H
 #define BNCORE_MAPS_H
 
-#include "simd.h"
+#include "sums.h"
 
 namespace bncore {
 
@@ -79,11 +79,6 @@ struct Normalize {
   Coefficient<T> mean_hi, mean_lo, scale, offset, unit;
   Activation activation;
 
-  void prefetch(ptrdiff_t i) const {
-    __builtin_prefetch(x + i);
-    if (Residual) __builtin_prefetch(residual + i);
-  }
-
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
     auto v = load<Whole>(x + i, k);
@@ -99,11 +94,6 @@ struct Gradient {
   const T* dy;
   const T* x;
   Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale, unit;
-
-  void prefetch(ptrdiff_t i) const {
-    __builtin_prefetch(x + i);
-    __builtin_prefetch(dy + i);
-  }
 
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
@@ -121,66 +111,98 @@ struct FixedGradient {
   const T* dy;
   Coefficient<T> scale;
 
-  void prefetch(ptrdiff_t i) const { __builtin_prefetch(dy + i); }
-
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
     return load<Whole>(dy + i, k) * scale.at(i);
   }
 };
 
-template <bool Stream, class T>
-BNCORE_INLINE void store_aligned(T* out, typename Element<T>::Vec v) {
-  if (Stream) Element<T>::stream(out, v);
-  else Element<T>::store(out, v);
+/* Elements before the first aligned vector of a row, if the row is worth aligning. */
+template <class T> inline int head_of(const T* out, ptrdiff_t n) {
+  constexpr int lanes = Element<T>::kLanes;
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T)));
+  return past && n >= 2 * lanes ? lanes - past / static_cast<int>(sizeof(T)) : 0;
+}
+
+/* Unroll vectors of each of the maps from i on, into aligned memory. Several rows at a time share
+ * the loads of coefficients per place. */
+template <bool Stream, int Rows, int Unroll, class T, class Map>
+BNCORE_INLINE void write_vectors(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i) {
+  typedef Element<T> E;
+  typename E::Vec v[Rows][Unroll];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < Unroll; ++j)
+      v[r][j] = maps[r].template at<true>(i + j * E::kLanes, E::kLanes);
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < Unroll; ++j) {
+      T* to = out[r] + i + j * E::kLanes;
+      if (Stream) E::stream(to, v[r][j]);
+      else E::store(to, v[r][j]);
+    }
+}
+
+/* Less than a vector, or unaligned. */
+template <int Rows, class T, class Map>
+BNCORE_INLINE void write_part(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i, int k) {
+  for (int r = 0; r < Rows; ++r)
+    Element<T>::store_part(out[r] + i, maps[r].template at<false>(i, k), k);
+}
+
+/* A part of a line of memory is stored after that line has come, and stores are made in order:
+ * ask for the lines at both ends of a row beforehand. */
+template <class T> BNCORE_INLINE void prefetch_ends(const T* row, ptrdiff_t n) {
+  __builtin_prefetch(row, 1);
+  __builtin_prefetch(row + n, 1);
 }
 
 /* Write n elements of each map to its `out`, all of one alignment. Whole vectors are stored
- * aligned, past the cache where Stream says so; what stands before and after them is stored in
- * part. Such a part needs its line of memory first, and stores are made in order, so the lines of
- * the row written `ahead` elements further on are fetched now. Several rows at a time share the
- * loads of coefficients per place, which would otherwise wait for stores that end in the same 12
- * bits of the address. */
+ * aligned, past the cache where Stream says so; what stands before and after them in part. The
+ * row written next is `ahead` elements on. */
 template <bool Stream, int Rows, class T, class Map>
 inline void write_rows(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t n,
                        ptrdiff_t ahead) {
-  typedef Element<T> E;
-  constexpr int lanes = E::kLanes, unroll = Rows == 1 ? 4 : 1;
-  if (Stream && ahead)
-    for (T* row : out) {
-      __builtin_prefetch(row + ahead, 1);
-      __builtin_prefetch(row + ahead + n, 1);
-    }
-  ptrdiff_t i = 0;
-  if (n >= 2 * lanes) {
-    const ptrdiff_t past = reinterpret_cast<uintptr_t>(out[0]) % (lanes * sizeof(T));
-    const int head = past ? lanes - static_cast<int>(past / sizeof(T)) : 0;
-    if (head)
-      for (int r = 0; r < Rows; ++r)
-        E::store_part(out[r], maps[r].template at<false>(0, head), head);
-    for (i = head; i + unroll * lanes <= n; i += unroll * lanes) {
-      typename E::Vec v[Rows][unroll];
-      if (Rows > 1)
-        for (const Map& map : maps) map.prefetch(i + ahead);
+  constexpr int lanes = Element<T>::kLanes, unroll = Rows == 1 ? 4 : 1;
+  if (Stream)
+    for (T* row : out) prefetch_ends(row + ahead, n);
+  const int head = head_of(out[0], n);
+  ptrdiff_t i = head;
+  if (head) write_part(maps, out, 0, head);
+  for (; i + unroll * lanes <= n; i += unroll * lanes)
+    write_vectors<Stream, Rows, unroll>(maps, out, i);
+  for (; unroll > 1 && i + lanes <= n; i += lanes) write_vectors<Stream, Rows, 1>(maps, out, i);
+  if (i < n) write_part(maps, out, i, static_cast<int>(n - i));
+}
+
+/* Write one row while another is summed: one waits for memory to be written, the other for memory
+ * to be read, and neither keeps the other from it. The sums are those of add_row. */
+template <bool Stream, class T, class Map, class Terms>
+inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdiff_t n,
+                              ptrdiff_t ahead_out, ptrdiff_t ahead, Accumulator* sums) {
+  constexpr int lanes = Element<T>::kLanes, unroll = kStep / lanes < 4 ? 4 : kStep / lanes;
+  static_assert(unroll * lanes % kStep == 0, "a stride of the map is whole steps of the sums");
+  const Map maps[1] = {map};
+  T* const outs[1] = {out};
+  if (Stream) prefetch_ends(out + ahead_out, n);
+  const int head = head_of(out, n);
+  if (head) write_part(maps, outs, 0, head);
+  Accumulator local = *sums;
+  ptrdiff_t i = head, j = 0;
+  for (; i + unroll * lanes <= n; i += unroll * lanes) {
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-        for (int j = 0; j < unroll; ++j)
-          v[r][j] = maps[r].template at<true>(i + j * lanes, lanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-        for (int j = 0; j < unroll; ++j) store_aligned<Stream>(out[r] + i + j * lanes, v[r][j]);
-    }
-    for (; unroll > 1 && i + lanes <= n; i += lanes)
-      for (int r = 0; r < Rows; ++r)
-        store_aligned<Stream>(out[r] + i, maps[r].template at<true>(i, lanes));
+    for (int step = 0; step < unroll * lanes; step += kStep)
+      add_step(terms, j + step, ahead, &local);
+    j += unroll * lanes;
+    write_vectors<Stream, 1, unroll>(maps, outs, i);
   }
-  for (; i + lanes <= n; i += lanes)
-    for (int r = 0; r < Rows; ++r) E::store(out[r] + i, maps[r].template at<true>(i, lanes));
-  const int k = static_cast<int>(n - i);
-  if (k)
-    for (int r = 0; r < Rows; ++r) E::store_part(out[r] + i, maps[r].template at<false>(i, k), k);
+  for (; j + kStep <= n; j += kStep) add_step(terms, j, ahead, &local);
+  add_rest(terms, j, n, &local);
+  *sums = local;
+  for (; i + lanes <= n; i += lanes) write_vectors<Stream, 1, 1>(maps, outs, i);
+  if (i < n) write_part(maps, outs, i, static_cast<int>(n - i));
 }
 
 } // namespace bncore

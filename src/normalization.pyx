@@ -5,8 +5,9 @@
 
 Batch norm moves memory, so the training pass is arranged by where the data is.  Where a group of
 channels fits in a core's cache, one thread sums it and normalizes it at once, so that memory is
-read once and written once.  Where it does not, all threads sum, then all normalize.  Both walk
-the same grid with the same arithmetic and give the same bits.
+read once and written once; and while it normalizes one channel it sums the next, so that memory
+is read and written at the same time.  Where it does not fit, all threads sum, then all normalize.
+Both ways walk one grid with the same arithmetic and give the same bits.
 """
 
 cimport numpy as cnp
@@ -21,12 +22,67 @@ from arguments cimport (
     shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, Epilogue, Grid, Half, NormalizeParameters, View, element, finish_inv_std,
-    finish_moments, map_grid, moments_block, normalize_block, pilot, sum_grid,
+    BFloat16, Epilogue, Grid, Half, NormalizeParameters, Tickets, View, element, finish_inv_std,
+    finish_moments, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot,
+    sum_grid,
 )
 from traffic cimport is_resident, is_streamed
 
 cnp.import_array()
+
+
+cdef void sum_group(
+    const Grid& grid,
+    View[const element] x,          # (N, C, S)
+    ptrdiff_t group,
+    double* partial,                # (blocks, 4, C)
+    double* shift,                  # (C,)
+) noexcept nogil:
+    cdef ptrdiff_t c, block
+    for c in range(grid.first_channel(group), grid.last_channel(group)):
+        shift[c] = pilot(grid, x, c)
+    for block in range(grid.blocks):
+        moments_block(grid, x, shift, group, block, partial)
+
+
+cdef void normalize_groups(
+    const Grid& grid,
+    View[const element] x,          # (N, C, S)
+    View[const element] residual,   # (N, C, S) or NULL
+    const NormalizeParameters& parameters,
+    Epilogue epilogue,
+    double eps,
+    bint stream,
+    double* partial,                # (blocks, 4, C), scratch
+    double* shift,                  # (C,), scratch
+    View[element] y,                # (N, C, S)
+    double* stats,                  # (4, C)
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part: sum a group, then normalize it while the next one is summed."""
+    cdef ptrdiff_t channels = grid.channels, block, following, group = tickets.take()
+    cdef bint overlap = grid.width == 1 and not grid.columns
+    if group < grid.groups:
+        sum_group(grid, x, group, partial, shift)
+    while group < grid.groups:
+        finish_moments(
+            grid, x, partial, shift, group, stats, stats + channels, stats + 2 * channels
+        )
+        finish_inv_std(grid, eps, group, stats + 2 * channels, stats + 3 * channels)
+        following = tickets.take()
+        if overlap and following < grid.groups:
+            shift[following] = pilot(grid, x, following)
+            for block in range(grid.blocks):
+                normalize_and_sum_block(
+                    grid, x, residual, y, parameters, epilogue, stream, group, block, following,
+                    shift, partial,
+                )
+        else:
+            for block in range(grid.blocks - 1, -1, -1):
+                normalize_block(grid, x, residual, y, parameters, epilogue, stream, group, block)
+            if following < grid.groups:
+                sum_group(grid, x, following, partial, shift)
+        group = following
 
 
 cdef void normalize_batch(
@@ -44,7 +100,7 @@ cdef void normalize_batch(
     int num_threads,
 ) noexcept nogil:
     """y = activation(gamma (x - mean) inv_std + beta + residual)"""
-    cdef ptrdiff_t c, group, block, cell, channels = grid.channels
+    cdef ptrdiff_t c, group, cell, channels = grid.channels
     cdef double* mean = stats
     cdef double* mean_lo = stats + channels
     cdef double* var = stats + 2 * channels
@@ -54,16 +110,13 @@ cdef void normalize_batch(
     parameters.gamma, parameters.beta = gamma, beta
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Grid cells = map_grid(grid.outer, channels, grid.inner, sizeof(element))
+    cdef Tickets tickets
     if is_resident(grid, sizeof(element), num_threads):
-        for group in prange(grid.groups, schedule="dynamic", num_threads=num_threads):
-            for c in range(grid.first_channel(group), grid.last_channel(group)):
-                shift[c] = pilot(grid, x, c)
-            for block in range(grid.blocks):
-                moments_block(grid, x, shift, group, block, partial)
-            finish_moments(grid, x, partial, shift, group, mean, mean_lo, var)
-            finish_inv_std(grid, eps, group, var, inv_std)
-            for block in range(grid.blocks - 1, -1, -1):
-                normalize_block(grid, x, residual, y, parameters, epilogue, stream, group, block)
+        with parallel(num_threads=num_threads):
+            normalize_groups(
+                grid, x, residual, parameters, epilogue, eps, stream, partial, shift, y, stats,
+                &tickets,
+            )
         return
     with parallel(num_threads=num_threads):
         for c in prange(channels, schedule="static"):

@@ -77,28 +77,39 @@ template <class T> struct GradientTerms {
   }
 };
 
-/* Add n contiguous elements to the accumulator; fetch those `ahead` elements further on. */
+/* Elements that one step adds. Prefetches are for memory `ahead` elements further on. */
+constexpr ptrdiff_t kStep = kChains * kWide;
+
 template <class Terms>
-inline void add_row(const Terms& terms, ptrdiff_t n, ptrdiff_t ahead, Accumulator* sums) {
-  Accumulator local = *sums;
-  constexpr ptrdiff_t step = kChains * kWide;
-  ptrdiff_t i = 0;
-  for (; i + step <= n; i += step) {
-    terms.prefetch(i, ahead);
-    if (kVectorBytes == 64) terms.prefetch(i + step / 2, ahead);
+BNCORE_INLINE void add_step(const Terms& terms, ptrdiff_t i, ptrdiff_t ahead, Accumulator* sums) {
+  terms.prefetch(i, ahead);
+  if (kVectorBytes == 64) terms.prefetch(i + kStep / 2, ahead);
 #pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain)
-      terms.full(i + chain * kWide, &local.first[chain], &local.second[chain]);
-  }
-  /* Constant indices only: they keep the accumulators in registers. */
+  for (int chain = 0; chain < kChains; ++chain)
+    terms.full(i + chain * kWide, &sums->first[chain], &sums->second[chain]);
+}
+
+/* The elements from i to n, less than a step. Indices are constant: that keeps the accumulators
+ * in registers. */
+template <class Terms>
+BNCORE_INLINE void add_rest(const Terms& terms, ptrdiff_t i, ptrdiff_t n, Accumulator* sums) {
   constexpr int last = kChains - 1;
 #pragma GCC unroll 4
   for (int chain = 0; chain < last; ++chain)
     if (i + kWide <= n) {
-      terms.full(i, &local.first[chain], &local.second[chain]);
+      terms.full(i, &sums->first[chain], &sums->second[chain]);
       i += kWide;
     }
-  if (i < n) terms.part(i, static_cast<int>(n - i), &local.first[last], &local.second[last]);
+  if (i < n) terms.part(i, static_cast<int>(n - i), &sums->first[last], &sums->second[last]);
+}
+
+/* Add n contiguous elements. */
+template <class Terms>
+inline void add_row(const Terms& terms, ptrdiff_t n, ptrdiff_t ahead, Accumulator* sums) {
+  Accumulator local = *sums;
+  ptrdiff_t i = 0;
+  for (; i + kStep <= n; i += kStep) add_step(terms, i, ahead, &local);
+  add_rest(terms, i, n, &local);
   *sums = local;
 }
 
