@@ -46,6 +46,11 @@ struct Grid {
     ptrdiff_t last = (group + 1) * width;
     return last < channels ? last : channels;
   }
+  /* Whether one group can be written while another is summed. */
+  bool pairs(ptrdiff_t group, ptrdiff_t next) const {
+    return !columns && next < groups && last_channel(group) - first_channel(group) == width &&
+           last_channel(next) - first_channel(next) == width;
+  }
   ptrdiff_t first_position(ptrdiff_t block) const { return positions * block / blocks; }
   ptrdiff_t group_size() const { return outer * width * inner; } // elements
 
@@ -202,7 +207,7 @@ struct Piece {
  * goes on; of short ones the row after the next is fetched. */
 template <class T> inline ptrdiff_t ahead_of(const Grid& grid, ptrdiff_t n_stride) {
   const ptrdiff_t row_bytes = grid.inner * static_cast<ptrdiff_t>(sizeof(T));
-  return row_bytes >= 8192 ? 2048 / static_cast<ptrdiff_t>(sizeof(T)) : 2 * n_stride;
+  return row_bytes >= 8192 ? 2048 / static_cast<ptrdiff_t>(sizeof(T)) : 1 * n_stride;
 }
 
 /* End a chunk of channel c: its accumulator goes to the sums. */
@@ -462,27 +467,30 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   }
 }
 
-/* Write one cell of a channel while the same cell of channel `next` is summed (rows only). */
+/* Write one cell of a group while the same cell of group `next`, as wide, is summed (rows only). */
 template <class T, class Writer, class Terms>
-inline void write_and_sum_cell(const Grid& grid, ptrdiff_t channel, ptrdiff_t next,
-                               ptrdiff_t block, const CoefficientTable<T>& table,
-                               const Writer& writer, const Terms& terms, ptrdiff_t n_stride,
-                               double* partial) {
+inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next, ptrdiff_t block,
+                               const CoefficientTable<T>& table, const Writer& writer,
+                               const Terms& terms, ptrdiff_t n_stride, double* partial) {
+  const ptrdiff_t written = grid.first_channel(group), summed = grid.first_channel(next);
   const SumTable sums = SumTable::of(partial, block, grid.channels);
-  sums.clear(next, next + 1);
-  Accumulator accumulator = Accumulator();
+  sums.clear(summed, summed + grid.width);
+  Accumulator accumulators[kMaxRowsWidth];
+  for (ptrdiff_t i = 0; i < grid.width; ++i) accumulators[i] = Accumulator();
   const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
   ptrdiff_t filled = 0;
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
-    write_and_add_row<Writer::kStream>(
-        writer.map(PickUniform<T>{table, 0}, piece.n, channel, piece.s),
-        writer.out.at(piece.n, channel) + piece.s, terms.row(piece.n, next, piece.s),
-        piece.length, writer.out.n_stride, ahead, &accumulator);
+    for (ptrdiff_t i = 0; i < grid.width; ++i)
+      write_and_add_row<Writer::kStream>(
+          writer.map(PickUniform<T>{table, i}, piece.n, written + i, piece.s),
+          writer.out.at(piece.n, written + i) + piece.s, terms.row(piece.n, summed + i, piece.s),
+          piece.length, i + 1 < grid.width ? writer.out.c_stride : writer.out.n_stride, ahead,
+          &accumulators[i]);
     filled += piece.length;
     if (filled < kChunk<T> && t + 1 < end) continue;
     filled = 0;
-    flush(&accumulator, sums, next);
+    for (ptrdiff_t i = 0; i < grid.width; ++i) flush(&accumulators[i], sums, summed + i);
   }
 }
 
@@ -670,14 +678,14 @@ inline void normalize_block(const Grid& grid, View<const T> x, View<const T> res
   normalize_work(JustWrite<T>{grid, group, block}, x, residual, y, p, epilogue, stream);
 }
 
-/* y of one channel's cell, and the moments' sums of the same cell of channel `next`. */
+/* y of one cell, and the moments' sums of the same cell of group `next`. */
 template <class T>
 inline void normalize_and_sum_block(const Grid& grid, View<const T> x, View<const T> residual,
                                     View<T> y, const NormalizeParameters& p, Epilogue epilogue,
-                                    bool stream, ptrdiff_t channel, ptrdiff_t block,
+                                    bool stream, ptrdiff_t group, ptrdiff_t block,
                                     ptrdiff_t next, const double* shift, double* partial) {
   typedef WriteAndSum<T, MomentTerms<T>> Work;
-  normalize_work(Work{grid, channel, block, next, {x, shift}, x.n_stride, partial}, x, residual, y,
+  normalize_work(Work{grid, group, block, next, {x, shift}, x.n_stride, partial}, x, residual, y,
                  p, epilogue, stream);
 }
 
@@ -718,15 +726,15 @@ inline void gradient_block(const Grid& grid, View<const T> dy, View<const T> x, 
   gradient_work(JustWrite<T>{grid, group, block}, dy, x, dx, p, stream);
 }
 
-/* dx of one channel's cell, and the gradient's sums of the same cell of channel `next`. */
+/* dx of one cell, and the gradient's sums of the same cell of group `next`. */
 template <class T>
 inline void gradient_and_sum_block(const Grid& grid, View<const T> dy, View<const T> x,
                                    View<T> dx, const GradientParameters& p, bool stream,
-                                   ptrdiff_t channel, ptrdiff_t block, ptrdiff_t next,
+                                   ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
                                    double* partial) {
   typedef WriteAndSum<T, BackwardTerms<T>> Work;
   gradient_work(
-      Work{grid, channel, block, next, {dy, x, p.mean, p.mean_lo}, x.n_stride, partial}, dy, x, dx,
+      Work{grid, group, block, next, {dy, x, p.mean, p.mean_lo}, x.n_stride, partial}, dy, x, dx,
       p, stream);
 }
 

@@ -16,6 +16,7 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         ptrdiff_t first_channel(ptrdiff_t group)
         ptrdiff_t last_channel(ptrdiff_t group)
         ptrdiff_t group_size()
+        bint pairs(ptrdiff_t group, ptrdiff_t next)
     Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize)
     Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize)
     cppclass View[T]:
@@ -57,13 +58,13 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
                            const GradientParameters&, bint stream, ptrdiff_t group,
                            ptrdiff_t block)
 
-    # The same with the sums of another channel's cell (rows, one channel to a group).
+    # The same with the sums of another group's cell, where grid.pairs(group, next).
     void normalize_and_sum_block[T](const Grid&, View[const T], View[const T] residual, View[T],
                                     const NormalizeParameters&, Epilogue, bint stream,
-                                    ptrdiff_t channel, ptrdiff_t block, ptrdiff_t next,
+                                    ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
                                     const double* shift, double* partial)
     void gradient_and_sum_block[T](const Grid&, View[const T] dy, View[const T], View[T],
-                                   const GradientParameters&, bint stream, ptrdiff_t channel,
+                                   const GradientParameters&, bint stream, ptrdiff_t group,
                                    ptrdiff_t block, ptrdiff_t next, double* partial)
     void fixed_gradient_block[T](const Grid&, View[const T] dy, View[T],
                                  const GradientParameters&, bint stream, ptrdiff_t group,

@@ -100,13 +100,12 @@ cdef void differentiate_groups(
 ) noexcept nogil:
     """One thread's part: reduce a group, then apply it while the next one is reduced."""
     cdef ptrdiff_t block, following, group = tickets.take()
-    cdef bint overlap = grid.width == 1 and not grid.columns
     if group < grid.groups:
         reduce_group(grid, dy, x, parameters, group, partial)
     while group < grid.groups:
         finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
         following = tickets.take()
-        if overlap and following < grid.groups:
+        if grid.pairs(group, following):
             for block in range(grid.blocks):
                 gradient_and_sum_block(
                     grid, dy, x, dx, parameters, stream, group, block, following, partial

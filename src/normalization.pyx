@@ -60,8 +60,7 @@ cdef void normalize_groups(
     Tickets* tickets,
 ) noexcept nogil:
     """One thread's part: sum a group, then normalize it while the next one is summed."""
-    cdef ptrdiff_t channels = grid.channels, block, following, group = tickets.take()
-    cdef bint overlap = grid.width == 1 and not grid.columns
+    cdef ptrdiff_t channels = grid.channels, c, block, following, group = tickets.take()
     if group < grid.groups:
         sum_group(grid, x, group, partial, shift)
     while group < grid.groups:
@@ -70,8 +69,9 @@ cdef void normalize_groups(
         )
         finish_inv_std(grid, eps, group, stats + 2 * channels, stats + 3 * channels)
         following = tickets.take()
-        if overlap and following < grid.groups:
-            shift[following] = pilot(grid, x, following)
+        if grid.pairs(group, following):
+            for c in range(grid.first_channel(following), grid.last_channel(following)):
+                shift[c] = pilot(grid, x, c)
             for block in range(grid.blocks):
                 normalize_and_sum_block(
                     grid, x, residual, y, parameters, epilogue, stream, group, block, following,
