@@ -1,0 +1,7 @@
+"""``python -m bncore`` is ``bncore``."""
+
+import sys
+
+from bncore.cli import main
+
+sys.exit(main())
