@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bncore import _backend, _check
+from bncore import _backend, _check, reference
 from bncore.functional import (
     batch_norm,
     batch_norm_backward,
@@ -289,10 +289,12 @@ class BatchNorm:
         """Move the running statistics towards a batch's."""
         tracked = self.num_batches_tracked + 1
         momentum = 1 / tracked if self.momentum is None else self.momentum
-        _backend.active.statistics.move_running(
+        arguments = (
             self.running_mean, self.running_var, saved.stats, momentum,
             saved.values / (saved.values - 1),
         )  # fmt: skip
+        if not _backend.active.statistics.move_running_plain(*arguments):
+            reference.move_running(*arguments)
         self.num_batches_tracked = tracked
 
     def _arrays(self):

@@ -92,6 +92,14 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   return grid;
 }
 
+/* Lines to take at once: as many as make a line of 16 vectors, of whole vectors if may be. */
+inline ptrdiff_t line_tile(ptrdiff_t channels) {
+  const ptrdiff_t enough = (256 + channels - 1) / channels;
+  ptrdiff_t whole = 16;
+  for (ptrdiff_t c = channels; c % 2 == 0 && whole > 1; c /= 2) whole /= 2;
+  return clamp((enough + whole - 1) / whole * whole, 1, kMaxLine / channels);
+}
+
 /* The grid for maps alone: no sums to keep together, so cells are as contiguous as can be. */
 inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize) {
   const ptrdiff_t cell = (inner == 1 ? 512 : 128) * 1024; // columns have a table to fill
@@ -103,9 +111,7 @@ inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   } else if (inner == 1) {
     grid.columns = true;
     grid.width = kMaxLine;
-    /* Lines of whole vectors, if tiles can be so. */
-    if (channels < kPacked) grid.tile = kMaxLine / channels;
-    if (grid.tile >= 16) grid.tile = grid.tile / 16 * 16;
+    if (channels < kPacked) grid.tile = line_tile(channels);
   } else {
     grid.width = clamp(cell / (inner * itemsize), 1, kMaxLine);
   }
