@@ -93,6 +93,61 @@ def real(value, name: str) -> float:
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
 
 
+def activation(value) -> tuple[int, float, float]:
+    """An activation as the kernels take it: ``(code, a, b)``, see `bncore.reference`."""
+    if value is None:
+        return (0, 0.0, 0.0)
+    name, *arguments = value if isinstance(value, tuple) and value else (value,)
+    if name == "relu" and not arguments:
+        return (1, 0.0, math.inf)
+    if name == "leaky_relu" and len(arguments) == 1:
+        slope = real(arguments[0], "leaky_relu's slope")
+        if math.isfinite(slope):
+            return (2, slope, 0.0)
+    if name == "clip" and len(arguments) == 2:
+        low, high = (real(argument, "clip's limits") for argument in arguments)
+        if low <= high:
+            return (1, low, high)
+    raise ValueError(
+        "activation must be None, 'relu', ('leaky_relu', slope) with a finite slope or "
+        f"('clip', low, high) with low <= high, got {value!r}"
+    )
+
+
+def positions(value, name: str, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """An array over the non-channel positions, broadcast to x's rank with channel axes of 1."""
+    array = np.asarray(value)
+    shape = tuple([1 if axis in axes else size for axis, size in enumerate(x.shape)])
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to {shape}, x's shape with 1 for channels, got {array.shape}"
+        ) from None
+
+
+def mask(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
+    """Booleans over the positions, True where x counts, or None."""
+    if value is None:
+        return None
+    if np.asarray(value).dtype != bool:
+        raise TypeError(f"mask must have dtype bool, got {np.asarray(value).dtype}")
+    return positions(value, "mask", x, axes)
+
+
+def sample_weight(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
+    """Weights over the positions as float64, none negative, or None."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.dtype.name not in FLOAT_NAMES and array.dtype.kind not in "biu":
+        raise TypeError(f"sample_weight must be an array of real numbers, got {array.dtype}")
+    array = positions(array, "sample_weight", x, axes).astype(np.float64)
+    if not (np.isfinite(array) & (array >= 0)).all():
+        raise ValueError("sample_weight must be finite and not negative")
+    return array
+
+
 def output(out, like: np.ndarray, in_place: dict, read: dict, name: str = "out"):
     """Check an output array.
 

@@ -84,6 +84,12 @@ def from_kernel(kernel_array: np.ndarray, layout: Layout, shape: tuple[int, ...]
     return ordered.transpose(np.argsort(layout.order))
 
 
+def positions_to_kernel(positions: np.ndarray, layout: Layout) -> np.ndarray:
+    """An array over x's axes with channel axes of length 1, as contiguous ``(N, S)``."""
+    n, _, s = layout.shape
+    return np.ascontiguousarray(positions.transpose(layout.order)).reshape(n, s)
+
+
 def empty_like(x: np.ndarray, layout: Layout) -> np.ndarray:
     """A fresh array with ``x``'s shape and native dtype whose memory follows ``layout``."""
     ordered = np.empty([x.shape[axis] for axis in layout.order], x.dtype.newbyteorder("="))

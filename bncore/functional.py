@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bncore import _backend, _check, _layout
+from bncore import _backend, _check, _layout, reference
 from bncore._config import get_num_threads
 from bncore.moments import Moments
+from bncore.reference import NO_ACTIVATION
 
-NO_ACTIVATION = (0, 0.0, 0.0)
 _SERIAL_SIZE = 32768
 """Elements up to which starting a second thread costs more than it brings."""
 
@@ -69,14 +69,16 @@ class Saved:
         Channel axes.
     eps : float
     values : float
-        The count as one number.
+        The count as one number; the sum of the weights where there were some.
     stats : (4, C) ndarray of float64
         Rows mean, the mean's rounding error, variance and inv_std.
+    extras : Extras or None
+        What else the forward pass was given.
     """
 
-    __slots__ = ("x", "gamma", "beta", "axes", "eps", "values", "stats", "_shape")
+    __slots__ = ("x", "gamma", "beta", "axes", "eps", "values", "stats", "extras", "_shape")
 
-    def __init__(self, x, gamma, beta, axes, eps, values, stats, shape):
+    def __init__(self, x, gamma, beta, axes, eps, values, stats, shape, extras=None):
         self.x = x
         self.gamma = gamma
         self.beta = beta
@@ -84,6 +86,7 @@ class Saved:
         self.eps = eps
         self.values = values
         self.stats = stats
+        self.extras = extras
         self._shape = shape
 
     @property
@@ -103,6 +106,29 @@ class Saved:
         return np.full(self._shape, self.values)
 
 
+class Extras(NamedTuple):
+    """What a forward pass was given beyond the plain arguments.
+
+    Attributes
+    ----------
+    activation : (int, float, float)
+        In the kernels' form.
+    residual : ndarray or None
+        None too where the result overwrote it.
+    had_residual : bool
+    weight : (N, S) ndarray of float64, or None
+        Weights of the positions, 0 where masked.
+    valid : (N, S) ndarray of bool, or None
+        The mask.
+    """
+
+    activation: tuple[int, float, float]
+    residual: np.ndarray | None
+    had_residual: bool
+    weight: np.ndarray | None
+    valid: np.ndarray | None
+
+
 def batch_norm(
     x, gamma=None, beta=None, *, axis=1, eps=1e-5,
     activation=None, residual=None, mask=None, sample_weight=None, out=None,
@@ -111,10 +137,10 @@ def batch_norm(
 
     ::
 
-        mean = sum x / n        var = sum (x - mean)^2 / n
-        y = gamma (x - mean) / sqrt(var + eps) + beta
+        mean = sum w x / sum w        var = sum w (x - mean)^2 / sum w
+        y = activation(gamma (x - mean) / sqrt(var + eps) + beta + residual)
 
-    with the sums over all axes but the channels'.
+    with the sums over all axes but the channels', and all weights w 1 where none are given.
 
     Parameters
     ----------
@@ -126,6 +152,15 @@ def batch_norm(
         The axis, or axes, that keep statistics of their own.
     eps : float
         Added to the variance; any positive value is honoured as it is.
+    activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
+        Applied to the result.
+    residual : array_like, optional
+        Added before the activation; shape and dtype of x.
+    mask : array_like of bool, optional
+        True where x counts; broadcastable to x with channel axes of length 1. What stands
+        elsewhere, be it NaN, has no influence; y and dx are 0 there.
+    sample_weight : array_like, optional
+        Weight of each position in the statistics, not negative; broadcastable as mask is.
     out : ndarray, optional
         Takes the result; shape and dtype of x. ``out=x`` normalizes in place, after which there
         is no backward pass.
@@ -158,13 +193,14 @@ def batch_norm(
     >>> saved.mean, saved.var
     (array([ 2., 10.]), array([1., 0.]))
     """
-    plain = _backend.active.normalization.forward_plain(
-        x, gamma, beta, axis, eps, out, get_num_threads()
-    )
-    if plain is not None:
-        y, stats, axis, values = plain
-        kept = None if y is x else x
-        return y, Saved(kept, gamma, beta, (axis,), eps, values, stats, stats.shape[1:])
+    if activation is None and residual is None and mask is None and sample_weight is None:
+        plain = _backend.active.normalization.forward_plain(
+            x, gamma, beta, axis, eps, out, get_num_threads()
+        )
+        if plain is not None:
+            y, stats, axis, values = plain
+            kept = None if y is x else x
+            return y, Saved(kept, gamma, beta, (axis,), eps, values, stats, stats.shape[1:])
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
@@ -172,18 +208,32 @@ def batch_norm(
     gamma = _check.per_channel(gamma, "gamma", shape)
     beta = _check.per_channel(beta, "beta", shape)
     eps = _check.positive(eps, "eps")
-    _check.output(out, x, in_place={"x": x}, read={"gamma": gamma, "beta": beta})
+    activation = _check.activation(activation)
+    residual = None if residual is None else _check.same_shape(residual, "residual", x)
+    mask = _check.mask(mask, x, axes)
+    sample_weight = _check.sample_weight(sample_weight, x, axes)
+    _check.output(
+        out, x, in_place={"x": x, "residual": residual}, read={"gamma": gamma, "beta": beta}
+    )
 
     layout = _layout.layout_of(x, axes)
+    weight, valid = _weights(mask, sample_weight, layout)
+    # Weighted statistics are the reference's: the compiled kernels take all positions alike.
+    kernels = _backend.active.normalization if weight is None else reference
     stats = np.empty((4, layout.shape[1]))
     target = _Target(out, x, layout)
-    _backend.active.normalization.forward(
-        _layout.to_kernel(x, layout), None, _parameter(gamma), _parameter(beta), None,
-        NO_ACTIVATION, eps, target.kernel_array, stats, _threads(x),
+    kernels.forward(
+        _layout.to_kernel(x, layout), weight, _parameter(gamma), _parameter(beta),
+        _optional(residual, layout), activation, eps, target.kernel_array, stats, _threads(x),
     )  # fmt: skip
-    values = float(layout.shape[0] * layout.shape[2])
-    kept = None if out is not None and _check.coincide(out, x) else x
-    return target.finish(), Saved(kept, gamma, beta, axes, eps, values, stats, shape)
+    if valid is not None:
+        np.copyto(target.kernel_array, 0, where=~valid[:, None], casting="unsafe")
+    values = float(layout.shape[0] * layout.shape[2]) if weight is None else float(weight.sum())
+    extras = Extras(
+        activation, _unless_overwritten(residual, out), residual is not None, weight, valid
+    )
+    kept = _unless_overwritten(x, out)
+    return target.finish(), Saved(kept, gamma, beta, axes, eps, values, stats, shape, extras)
 
 
 def batch_norm_backward(dy, saved, *, out=None):
@@ -232,30 +282,59 @@ def batch_norm_backward(dy, saved, *, out=None):
         raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
     if saved.x is None:
         raise ValueError("saved has no x: the forward pass overwrote it (out=x)")
-    plain = _backend.active.gradient.backward_plain(
-        dy, saved.x, saved.stats, saved.gamma, saved.beta, saved.axes, out, get_num_threads()
-    )
-    if plain is not None:
-        return Gradients(*plain)
+    extras = saved.extras
+    if extras is None:
+        plain = _backend.active.gradient.backward_plain(
+            dy, saved.x, saved.stats, saved.gamma, saved.beta, saved.axes, out, get_num_threads()
+        )
+        if plain is not None:
+            return Gradients(*plain)
+        extras = Extras(NO_ACTIVATION, None, False, None, None)
 
     x, gamma, beta = saved.x, saved.gamma, saved.beta
     dy = _check.same_shape(dy, "dy", x)
     _check.output(out, x, in_place={"dy": dy, "x": x}, read={"gamma": gamma, "beta": beta})
     layout = _layout.layout_of(x, saved.axes)
     sums = np.empty((2, layout.shape[1]))
-    target = _Target(out, x, layout)
-    _backend.active.gradient.backward(
-        _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), saved.stats,
-        _parameter(gamma), saved.values, target.kernel_array, sums, _threads(x),
+    kernel_dy, kernel_x = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout)
+    if extras.valid is not None:
+        kernel_dy = np.where(extras.valid[:, None], kernel_dy, kernel_dy.dtype.type(0))
+        kernel_x = np.where(extras.valid[:, None], kernel_x, kernel_x.dtype.type(0))
+    if extras.had_residual and extras.residual is None and extras.activation != NO_ACTIVATION:
+        raise ValueError("saved has no residual: the forward pass overwrote it (out=residual)")
+    mean, mean_lo, _, inv_std = saved.stats
+    kernel_dz = _through_activation(
+        kernel_dy, kernel_x, mean, mean_lo, inv_std, gamma, beta,
+        _optional(extras.residual, layout), extras.activation,
     )  # fmt: skip
-    return Gradients(target.finish(), _like(sums[1], gamma), _like(sums[0], beta))
+    dresidual = None
+    if extras.had_residual:
+        dresidual = _layout.from_kernel(kernel_dz.copy(), layout, x.shape)
+    target = _Target(out, x, layout)
+    if extras.weight is None:
+        _backend.active.gradient.backward(
+            kernel_dz, kernel_x, saved.stats, _parameter(gamma), saved.values,
+            target.kernel_array, sums, _threads(x),
+        )  # fmt: skip
+    else:
+        reference.weighted_backward(
+            kernel_dz, kernel_x, extras.weight, saved.stats, _parameter(gamma),
+            target.kernel_array, sums,
+        )  # fmt: skip
+    if extras.valid is not None:
+        np.copyto(target.kernel_array, 0, where=~extras.valid[:, None], casting="unsafe")
+    return Gradients(target.finish(), _like(sums[1], gamma), _like(sums[0], beta), dresidual)
 
 
 def batch_norm_inference(
     x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5,
     activation=None, residual=None, out=None,
 ):  # fmt: skip
-    """Normalize by given statistics: ``y = gamma (x - mean) / sqrt(var + eps) + beta``.
+    """Normalize by given statistics.
+
+    ::
+
+        y = activation(gamma (x - mean) / sqrt(var + eps) + beta + residual)
 
     Parameters
     ----------
@@ -269,6 +348,10 @@ def batch_norm_inference(
         The channel axis or axes.
     eps : float
         Added to the variance, positive.
+    activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
+        Applied to the result.
+    residual : array_like, optional
+        Added before the activation; shape and dtype of x.
     out : ndarray, optional
         Takes the result; shape and dtype of x. ``out=x`` normalizes in place.
 
@@ -290,28 +373,35 @@ def batch_norm_inference(
     array([[0., 1.],
            [1., 1.]])
     """
-    y = _backend.active.normalization.normalize_plain(
-        x, mean, var, gamma, beta, axis, eps, out, get_num_threads()
-    )
-    if y is not None:
-        return y
+    if activation is None and residual is None:
+        y = _backend.active.normalization.normalize_plain(
+            x, mean, var, gamma, beta, axis, eps, out, get_num_threads()
+        )
+        if y is not None:
+            return y
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
-    mean, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
-    _check.output(out, x, in_place={"x": x}, read={"gamma": gamma, "beta": beta, "mean": mean})
+    mean, var, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
+    activation = _check.activation(activation)
+    residual = None if residual is None else _check.same_shape(residual, "residual", x)
+    _check.output(
+        out, x, in_place={"x": x, "residual": residual},
+        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var},
+    )  # fmt: skip
     layout = _layout.layout_of(x, axes)
     target = _Target(out, x, layout)
     _backend.active.normalization.normalize(
         _layout.to_kernel(x, layout), _parameter(mean), None, inv_std, _parameter(gamma),
-        _parameter(beta), None, NO_ACTIVATION, target.kernel_array, _threads(x),
+        _parameter(beta), _optional(residual, layout), activation, target.kernel_array,
+        _threads(x),
     )  # fmt: skip
     return target.finish()
 
 
 def batch_norm_inference_backward(
-    dy, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None
+    dy, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5, activation=None, out=None
 ):
     """Gradients of `batch_norm_inference`, the statistics held fixed.
 
@@ -323,7 +413,7 @@ def batch_norm_inference_backward(
     ----------
     dy : array_like
         Gradient of the loss with respect to y, in x's shape and dtype.
-    x, mean, var, gamma, beta, axis, eps
+    x, mean, var, gamma, beta, axis, eps, activation
         As in `batch_norm_inference`.
     out : ndarray, optional
         Takes dx; may be dy or x themselves.
@@ -351,14 +441,21 @@ def batch_norm_inference_backward(
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
     dy = _check.same_shape(dy, "dy", x)
-    mean, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
+    mean, var, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
     _check.output(
-        out, x, in_place={"dy": dy, "x": x}, read={"gamma": gamma, "beta": beta, "mean": mean}
-    )
+        out, x, in_place={"dy": dy, "x": x},
+        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var},
+    )  # fmt: skip
+    activation = _check.activation(activation)
     layout = _layout.layout_of(x, axes)
     sums = np.empty((2, layout.shape[1]))
     target = _Target(out, x, layout)
-    arguments = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), _parameter(mean), None
+    kernel_x = _layout.to_kernel(x, layout)
+    kernel_dz = _through_activation(
+        _layout.to_kernel(dy, layout), kernel_x, _parameter(mean), None, inv_std, gamma, beta,
+        None, activation,
+    )  # fmt: skip
+    arguments = kernel_dz, kernel_x, _parameter(mean), None
     gradient = _backend.active.gradient
     if gamma is not None or beta is not None:
         gradient.reduce(*arguments, inv_std, sums, _threads(x))
@@ -377,6 +474,8 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
         Of float16, bfloat16, float32 or float64, any strides, at least one dimension.
     axis : int or tuple of int
         The channel axis or axes.
+    mask, sample_weight : array_like, optional
+        As in `batch_norm`.
 
     Returns
     -------
@@ -398,11 +497,15 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
+    mask = _check.mask(mask, x, axes)
+    sample_weight = _check.sample_weight(sample_weight, x, axes)
     layout = _layout.layout_of(x, axes)
+    weight, _ = _weights(mask, sample_weight, layout)
+    kernels = _backend.active.statistics if weight is None else reference
     stats = np.empty((3, layout.shape[1]))
-    _backend.active.statistics.moments(_layout.to_kernel(x, layout), None, stats, _threads(x))
+    kernels.moments(_layout.to_kernel(x, layout), weight, stats, _threads(x))
     mean, mean_lo, m2 = stats.reshape((3, *shape))
-    values = float(layout.shape[0] * layout.shape[2])
+    values = float(layout.shape[0] * layout.shape[2]) if weight is None else float(weight.sum())
     return Moments(np.full(shape, values), mean, m2, mean_lo)
 
 
@@ -542,6 +645,42 @@ class _Target:
         return self._copied_to
 
 
+def _weights(mask, sample_weight, layout):
+    """The positions' weights, 0 where masked, and the mask, both as ``(N, S)`` or None."""
+    if mask is None and sample_weight is None:
+        return None, None
+    if mask is None:
+        return _layout.positions_to_kernel(sample_weight, layout), None
+    valid = _layout.positions_to_kernel(mask, layout)
+    if sample_weight is None:
+        return valid.astype(np.float64), valid
+    return np.where(valid, _layout.positions_to_kernel(sample_weight, layout), 0.0), valid
+
+
+def _optional(array, layout):
+    return None if array is None else _layout.to_kernel(array, layout)
+
+
+def _unless_overwritten(array, out):
+    """The array, or None where the result went into it."""
+    if array is None or (out is not None and _check.coincide(out, array)):
+        return None
+    return array
+
+
+def _through_activation(dy, x, mean, mean_lo, inv_std, gamma, beta, residual, activation):
+    """dz from dy, where y = activation(z): z is computed again, it was not stored."""
+    if activation == NO_ACTIVATION:
+        return dy
+    z = np.empty(x.shape, x.dtype)
+    _backend.active.normalization.normalize(
+        x, mean, mean_lo, inv_std, _parameter(gamma), _parameter(beta), residual, NO_ACTIVATION, z,
+        _threads(x),
+    )  # fmt: skip
+    reference.activation_gradient(dy, z, activation, z)
+    return z
+
+
 def _threads(x):
     return 1 if x.size <= _SERIAL_SIZE else get_num_threads()
 
@@ -565,7 +704,7 @@ def _required(value, name, shape):
 
 
 def _fixed_statistics(mean, var, gamma, beta, eps, shape):
-    """Checked mean, ``1 / sqrt(var + eps)``, gamma and beta."""
+    """Checked mean, var, ``1 / sqrt(var + eps)``, gamma and beta."""
     mean = _required(mean, "mean", shape)
     var = _required(var, "var", shape)
     gamma = _check.per_channel(gamma, "gamma", shape)
@@ -573,7 +712,7 @@ def _fixed_statistics(mean, var, gamma, beta, eps, shape):
     eps = _check.positive(eps, "eps")
     if (var < 0).any():
         raise ValueError(f"var must not be negative, got {np.asarray(var, np.float64).min()}")
-    return mean, 1 / np.sqrt(_parameter(var) + eps), gamma, beta
+    return mean, var, 1 / np.sqrt(_parameter(var) + eps), gamma, beta
 
 
 def _count(count, shape) -> float:

@@ -43,7 +43,7 @@ class BatchNorm:
         Whether there are gamma and beta.
     track_running_stats : bool
         Whether there are running statistics; without them evaluation uses the batch's too.
-    activation : None
+    activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
         Applied to the output.
     dtype : dtype
         Of parameters and running statistics; the input may have another.
@@ -95,6 +95,7 @@ class BatchNorm:
         self.momentum = _momentum(momentum)
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
+        _check.activation(activation)
         self.activation = activation
         dtype = np.dtype(dtype)
         if dtype.name not in _check.FLOAT_NAMES:
@@ -139,7 +140,7 @@ class BatchNorm:
             return self._normalize_batch(x, out)
         y = batch_norm_inference(
             x, self.running_mean, self.running_var, self.gamma, self.beta,
-            axis=self.axis, eps=self.eps, out=out,
+            axis=self.axis, eps=self.eps, activation=self.activation, out=out,
         )  # fmt: skip
         overwritten = out is not None and np.may_share_memory(out, x)
         self._forward = _Fixed(
@@ -178,7 +179,7 @@ class BatchNorm:
                 raise ValueError("backward has no x: the latest call overwrote it (out=x)")
             g = batch_norm_inference_backward(
                 dy, fixed.x, fixed.mean, fixed.var, self.gamma, self.beta,
-                axis=self.axis, eps=self.eps, out=out,
+                axis=self.axis, eps=self.eps, activation=self.activation, out=out,
             )  # fmt: skip
         else:
             g = batch_norm_backward(dy, self._forward, out=out)

@@ -157,6 +157,52 @@ def move_running(running_mean, running_var, stats, momentum, unbias):
         running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
 
 
+def weighted_backward(dy, x, weight, stats, gamma, dx, sums):
+    """`backward` where the statistics were weighted.
+
+    ::
+
+        dx_i = gamma inv_std (dy_i - w_i (sum dy + x'_i sum dy x') / sum w)
+
+    Parameters
+    ----------
+    dy, x : (N, C, S) array
+    weight : (N, S) float64 array
+    stats : (4, C) float64 array
+    gamma : (C,) float64 array or None
+    dx : (N, C, S) array, written; may be dy or x
+    sums : (2, C) float64 array, written
+        Sums of all dy and dy x', unweighted: every y depends on beta and gamma alike.
+    """
+    mean, mean_lo, _, inv_std = stats
+    reduce(dy, x, mean, mean_lo, inv_std, sums)
+    gradient = dy.astype(np.float64)
+    total = weight.sum()
+    if total:
+        share = weight[:, None] / total
+        normalized = _normalized(x, mean, mean_lo, inv_std)
+        gradient -= share * (_column(sums[0]) + normalized * _column(sums[1]))
+    dx[...] = _column(inv_std if gamma is None else gamma * inv_std) * gradient
+
+
+def activation_gradient(dy, z, activation, dz):
+    """The gradient of ``activation(z)``: dz = dy where z passes, else 0 or slope dy.
+
+    Parameters
+    ----------
+    dy, z : array
+    activation : (int, float, float)
+    dz : array, written; may be dy or z
+    """
+    code, a, b = activation
+    if code == 1:
+        np.copyto(dz, np.where((z > a) & (z < b), dy, 0))
+    elif code == 2:
+        np.copyto(dz, np.where(z > 0, dy, a * dy), casting="same_kind")
+    else:
+        np.copyto(dz, dy)
+
+
 def forward_plain(*arguments):
     """Decline: the shortcut for plain arguments is the compiled kernels' own."""
     return None
