@@ -138,9 +138,8 @@ template <class Real, class ValueOfChannel>
 inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
                       Real* line) {
   const ptrdiff_t repeat = grid.columns ? grid.inner : 1, places = channels * repeat;
-  if (repeat == 1)
-    for (ptrdiff_t c = 0; c < channels; ++c) line[c] = static_cast<Real>(value(c));
-  else for (ptrdiff_t c = 0; c < channels; ++c) {
+  for (ptrdiff_t c = 0; repeat == 1 && c < channels; ++c) line[c] = static_cast<Real>(value(c));
+  for (ptrdiff_t c = 0; repeat > 1 && c < channels; ++c) {
     const Real v = static_cast<Real>(value(c));
     for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
   }
@@ -210,10 +209,10 @@ struct Piece {
 };
 
 /* How far ahead a row is fetched. Prefetchers follow a long row by themselves once told where it
- * goes on; of short ones the row after the next is fetched. */
+ * goes on; of short ones the next row is fetched. */
 template <class T> inline ptrdiff_t ahead_of(const Grid& grid, ptrdiff_t n_stride) {
   const ptrdiff_t row_bytes = grid.inner * static_cast<ptrdiff_t>(sizeof(T));
-  return row_bytes >= 8192 ? 2048 / static_cast<ptrdiff_t>(sizeof(T)) : 1 * n_stride;
+  return row_bytes >= 8192 ? 2048 / static_cast<ptrdiff_t>(sizeof(T)) : n_stride;
 }
 
 /* End a chunk of channel c: its accumulator goes to the sums. */
