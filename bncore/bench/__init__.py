@@ -1,0 +1,16 @@
+"""Benchmark: bncore against other libraries and against the memory's own limit.
+
+Every library runs in a process of its own, and the processes take turns, so that what disturbs the
+machine disturbs all of them. Ratios are medians over the rounds of what was measured side by side.
+
+    workloads   what is measured: shapes, and the cases made of them
+    worker      one library's process, and the protocol it speaks
+    peers       one module per library: how its documentation says to call it
+    runner      turns and rounds
+    report      table, summary, JSON and plot
+    cli         the command line, `add_arguments` and `main`
+"""
+
+from bncore.bench.cli import add_arguments, main
+
+__all__ = ["add_arguments", "main"]

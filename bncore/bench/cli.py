@@ -1,0 +1,164 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bncore.bench import plot, report, runner, workloads
+from bncore.bench.extras import require
+from bncore.bench.peers import NAMES
+from bncore.bench.workloads import Case, Workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's options to a parser.
+
+    Examples
+    --------
+    >>> import argparse
+    >>> from bncore import bench
+    >>> parser = argparse.ArgumentParser()
+    >>> bench.add_arguments(parser)
+    >>> parser.parse_args(["--quick", "--suite", "small,mlp"]).suite
+    ['small', 'mlp']
+    """
+    suites = list(dict.fromkeys(workload.suite for workload in workloads.load()))
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="under a minute: the headline suite in float32 on all threads into given arrays, "
+        "unless said otherwise",
+    )  # fmt: skip
+    choose = parser.add_argument_group("what to measure (lists are comma-separated)")
+    choose.add_argument("--suite", type=_list_of(suites), help=f"of {', '.join(suites)}")
+    choose.add_argument(
+        "--shape", type=_shape, action="append", metavar="N,C,...",
+        help="instead of suites; may be given again",
+    )  # fmt: skip
+    choose.add_argument("--direction", type=_list_of(workloads.DIRECTIONS))
+    choose.add_argument("--layout", type=_list_of(workloads.LAYOUTS))
+    choose.add_argument("--dtype", type=_list_of(workloads.DTYPES))
+    choose.add_argument(
+        "--output", type=_list_of(workloads.OUTPUTS),
+        help="out: into an array that is there; fresh: each call allocates",
+    )  # fmt: skip
+    choose.add_argument("--threads", type=_counts, help="1 and all CPUs where not given")
+    choose.add_argument("--peers", type=_list_of(NAMES[1:]), help=f"of {', '.join(NAMES[1:])}")
+    how = parser.add_argument_group("how")
+    how.add_argument("--rounds", type=_positive, help="turns of each peer: 5, with --quick 3")
+    how.add_argument("--turn", type=float, help="about this many seconds a turn: 0.02, with --quick 0.01")
+    results = parser.add_argument_group("results")
+    results.add_argument("--json", type=Path, help="write the results to this file")
+    results.add_argument("--plot", type=Path, help="draw bandwidth against size (PNG, SVG)")
+    results.add_argument("--load", type=Path, help="measure nothing: report on this JSON file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, or load, and report.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        From a parser that `add_arguments` has prepared.
+
+    Returns
+    -------
+    int
+        The exit status.
+    """
+    if args.load:
+        outcome = report.load(args.load)
+    else:
+        outcome = _measure(args)
+    report.show(outcome)
+    if args.json:
+        report.save(outcome, args.json)
+    if args.plot:
+        plot.plot(outcome, args.plot)
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> report.Outcome:
+    tqdm = require("tqdm").tqdm
+    cases = _cases(args)
+    outcome = report.Outcome.here()
+    progress = tqdm(total=len(cases), unit="case", leave=False)
+    events = runner.run(
+        cases,
+        ["bncore", *(args.peers or NAMES[1:])],
+        rounds=args.rounds or (3 if args.quick else 5),
+        seconds=args.turn or (0.01 if args.quick else 0.02),
+    )
+    with progress:
+        for event in events:
+            if isinstance(event, runner.Result):
+                outcome.results.append(event)
+                progress.update()
+                progress.set_postfix_str(_label(event.case))
+            else:
+                outcome.meet(event)
+                for name, reason in outcome.missing.items():
+                    progress.write(f"{name} is left out: {reason}")
+    return outcome
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    if args.shape:
+        chosen = [Workload("given", shape) for shape in args.shape]
+        if args.direction and "layer" in args.direction:
+            chosen = [Workload("given", shape, workloads.DIRECTIONS) for shape in args.shape]
+    else:
+        suites = args.suite or (["headline"] if args.quick else None)
+        chosen = [w for w in workloads.load() if suites is None or w.suite in suites]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return list(
+        workloads.cases(
+            chosen,
+            threads=args.threads or sorted({cpus} if args.quick else {1, cpus}),
+            dtypes=args.dtype or (["float32"] if args.quick else workloads.DTYPES),
+            outputs=args.output or (["out"] if args.quick else workloads.OUTPUTS),
+            layouts=args.layout or workloads.LAYOUTS,
+            directions=args.direction or workloads.DIRECTIONS,
+        )
+    )
+
+
+def _label(case: Case) -> str:
+    return f"{'x'.join(map(str, case.shape))} {case.direction}"
+
+
+def _list_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in names:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is none of {', '.join(names)}"
+                )
+        return chosen
+
+    return parse
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(_counts(text))
+    if len(shape) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape N,C,...")
+    return shape
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return number
