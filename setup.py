@@ -31,7 +31,10 @@ TIERS = {
     "x86-64-v2": ["-march=x86-64-v2"],
     "generic": [],
 }
-COMPILE_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE_FLAGS = [
+    "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=off",  # src/simd.h says itself what is fused
+]  # fmt: skip
 MACROS = [
     ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
     ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION"),

@@ -83,7 +83,7 @@ struct Normalize {
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
     auto v = load<Whole>(x + i, k);
     if (Scaled) v *= unit.at(i);
-    auto z = ((v - mean_hi.at(i)) - mean_lo.at(i)) * scale.at(i) + offset.at(i);
+    auto z = fma((v - mean_hi.at(i)) - mean_lo.at(i), scale.at(i), offset.at(i));
     if (Residual) z += load<Whole>(residual + i, k);
     return activation(z);
   }
@@ -101,7 +101,7 @@ struct Gradient {
     if (Scaled) v *= unit.at(i);
     auto d = (v - mean_hi.at(i)) - mean_lo.at(i);
     auto g = (load<Whole>(dy + i, k) - shift_hi.at(i)) - shift_lo.at(i);
-    return (g - d * slope.at(i)) * scale.at(i);
+    return fma(-d, slope.at(i), g) * scale.at(i);
   }
 };
 

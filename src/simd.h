@@ -61,6 +61,29 @@ inline void store_unaligned(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
+/* a b + c, rounded once where the tier can. The kernels are compiled without contraction, so that
+ * which products are fused is told here and not by the compiler's mood: code for whole vectors
+ * and for what is left of them gives the same bits. */
+BNCORE_INLINE Wide fma(Wide a, Wide b, Wide c) {
+#if defined(__AVX512VL__)
+  return (Wide)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+BNCORE_INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512VL__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 /* gcc 12 splits __builtin_convertvector into halves, hence the intrinsics. */
 inline Wide to_wide(HalfFloats v) {
 #if defined(__AVX512VL__)

@@ -47,12 +47,12 @@ template <class T> struct Deviations {
   void full(ptrdiff_t i, Wide* first, Wide* second) const {
     Wide d = Element<T>::load_wide(x + i) - shift;
     *first += d;
-    *second += d * d;
+    *second = fma(d, d, *second);
   }
   void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
     Wide d = keep_first(load_wide_part(x + i, k) - shift, k);
     *first += d;
-    *second += d * d;
+    *second = fma(d, d, *second);
   }
 };
 
@@ -68,12 +68,12 @@ template <class T> struct GradientTerms {
   void full(ptrdiff_t i, Wide* first, Wide* second) const {
     Wide g = Element<T>::load_wide(dy + i);
     *first += g;
-    *second += g * ((Element<T>::load_wide(x + i) - mean) - mean_lo);
+    *second = fma(g, (Element<T>::load_wide(x + i) - mean) - mean_lo, *second);
   }
   void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
     Wide g = load_wide_part(dy + i, k);
     *first += g;
-    *second += g * keep_first((load_wide_part(x + i, k) - mean) - mean_lo, k);
+    *second = fma(g, keep_first((load_wide_part(x + i, k) - mean) - mean_lo, k), *second);
   }
 };
 
@@ -115,6 +115,11 @@ inline void add_row(const Terms& terms, ptrdiff_t n, ptrdiff_t ahead, Accumulato
 
 /* -------------------------------------------------------------------------------- columns */
 
+/* A term of the first sum, and what makes it one of the second. */
+struct Product {
+  Wide first, factor;
+};
+
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T> struct ColumnDeviations {
@@ -124,10 +129,9 @@ template <class T> struct ColumnDeviations {
 
   void prefetch(ptrdiff_t row, ptrdiff_t c) const { __builtin_prefetch(x + row * x_stride + c); }
 
-  template <bool Whole>
-  void terms(ptrdiff_t row, ptrdiff_t c, int k, Wide* first, Wide* second) const {
-    *first = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(shift + c);
-    *second = *first * *first;
+  template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
+    Wide d = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(shift + c);
+    return {d, d};
   }
 };
 
@@ -144,11 +148,9 @@ template <class T> struct ColumnGradientTerms {
     __builtin_prefetch(dy + row * dy_stride + c);
   }
 
-  template <bool Whole>
-  void terms(ptrdiff_t row, ptrdiff_t c, int k, Wide* first, Wide* second) const {
+  template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide d = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(mean + c);
-    *first = load_wide<Whole>(dy + row * dy_stride + c, k);
-    *second = *first * (d - load_unaligned<Wide>(mean_lo + c));
+    return {load_wide<Whole>(dy + row * dy_stride + c, k), d - load_unaligned<Wide>(mean_lo + c)};
   }
 };
 
@@ -158,8 +160,11 @@ constexpr int kTreeRows = 8;
 template <int Rows, bool Whole, class Terms>
 BNCORE_INLINE void tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, Wide* first,
                         Wide* second) {
-  if constexpr (Rows == 1) {
-    terms.template terms<Whole>(row, c, k, first, second);
+  if constexpr (Rows == 2) {
+    const Product a = terms.template at<Whole>(row, c, k);
+    const Product b = terms.template at<Whole>(row + 1, c, k);
+    *first = a.first + b.first;
+    *second = fma(b.first, b.factor, a.first * a.factor);
   } else {
     Wide more_first, more_second;
     tree<Rows / 2, Whole>(terms, row, c, k, first, second);
@@ -172,10 +177,19 @@ BNCORE_INLINE void tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, W
 template <int Rows, bool Whole, class Terms>
 BNCORE_INLINE void add_tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, double* first,
                             double* second) {
-  Wide a, b;
-  tree<Rows, Whole>(terms, row, c, k, &a, &b);
-  store_unaligned(first + c, load_unaligned<Wide>(first + c) + a);
-  store_unaligned(second + c, load_unaligned<Wide>(second + c) + b);
+  Wide one = load_unaligned<Wide>(first + c), two = load_unaligned<Wide>(second + c);
+  if constexpr (Rows == 1) {
+    const Product a = terms.template at<Whole>(row, c, k);
+    one += a.first;
+    two = fma(a.first, a.factor, two);
+  } else {
+    Wide a, b;
+    tree<Rows, Whole>(terms, row, c, k, &a, &b);
+    one += a;
+    two += b;
+  }
+  store_unaligned(first + c, one);
+  store_unaligned(second + c, two);
 }
 
 template <int Rows, class Terms>
