@@ -758,10 +758,29 @@ inline void fixed_gradient_block(const Grid& grid, View<const T> dy, View<T> dx,
   else work(table, FixedGradientWriter<T, false>{dy, dx});
 }
 
-/* Hands out groups to the threads of a team, each once, whoever comes. */
+/* Hands out groups to the threads of a team, each once, whoever comes: a batch of neighbours at a
+ * time, lest small groups have two cores write to one line of statistics. */
 struct Tickets {
   std::atomic<ptrdiff_t> taken{0};
-  ptrdiff_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+  ptrdiff_t batch = 1;
+
+  void set_batch(const Grid& grid, ptrdiff_t itemsize, ptrdiff_t threads) {
+    constexpr ptrdiff_t worth = 128 * 1024; // bytes
+    batch = clamp(worth / (grid.group_size() * itemsize), 1, 1 + grid.groups / (4 * threads));
+  }
+};
+
+/* One thread's turns. */
+struct Turns {
+  ptrdiff_t next = 0, end = 0;
+
+  ptrdiff_t take(Tickets* tickets) {
+    if (next == end) {
+      next = tickets->taken.fetch_add(tickets->batch, std::memory_order_relaxed);
+      end = next + tickets->batch;
+    }
+    return next++;
+  }
 };
 
 } // namespace bncore

@@ -70,7 +70,9 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
                                  const GradientParameters&, bint stream, ptrdiff_t group,
                                  ptrdiff_t block)
     cppclass Tickets:
-        ptrdiff_t take()
+        void set_batch(const Grid&, ptrdiff_t itemsize, ptrdiff_t threads)
+    cppclass Turns:
+        ptrdiff_t take(Tickets*)
 
 ctypedef fused element:
     float

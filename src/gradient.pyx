@@ -18,7 +18,7 @@ from arguments cimport (
     same_or_apart, shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, GradientParameters, Grid, Half, Tickets, View, element, finish_sums,
+    BFloat16, GradientParameters, Grid, Half, Tickets, Turns, View, element, finish_sums,
     fixed_gradient_block, gradient_and_sum_block, gradient_block, map_grid, reduce_block, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
@@ -99,12 +99,13 @@ cdef void differentiate_groups(
     Tickets* tickets,
 ) noexcept nogil:
     """One thread's part: reduce a group, then apply it while the next one is reduced."""
-    cdef ptrdiff_t block, following, group = tickets.take()
+    cdef Turns turns
+    cdef ptrdiff_t block, following, group = turns.take(tickets)
     if group < grid.groups:
         reduce_group(grid, dy, x, parameters, group, partial)
     while group < grid.groups:
         finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
-        following = tickets.take()
+        following = turns.take(tickets)
         if grid.pairs(group, following):
             for block in range(grid.blocks):
                 gradient_and_sum_block(
@@ -135,6 +136,7 @@ cdef void differentiate(
     cdef Grid cells = map_grid(grid.outer, grid.channels, grid.inner, sizeof(element))
     cdef Tickets tickets
     if is_resident(grid, 2 * sizeof(element), num_threads):
+        tickets.set_batch(grid, sizeof(element), num_threads)
         with parallel(num_threads=num_threads):
             differentiate_groups(
                 grid, dy, x, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets

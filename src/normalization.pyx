@@ -22,7 +22,7 @@ from arguments cimport (
     shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, Epilogue, Grid, Half, NormalizeParameters, Tickets, View, element, finish_inv_std,
+    BFloat16, Epilogue, Grid, Half, NormalizeParameters, Tickets, Turns, View, element, finish_inv_std,
     finish_moments, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot,
     sum_grid,
 )
@@ -60,7 +60,8 @@ cdef void normalize_groups(
     Tickets* tickets,
 ) noexcept nogil:
     """One thread's part: sum a group, then normalize it while the next one is summed."""
-    cdef ptrdiff_t channels = grid.channels, c, block, following, group = tickets.take()
+    cdef Turns turns
+    cdef ptrdiff_t channels = grid.channels, c, block, following, group = turns.take(tickets)
     if group < grid.groups:
         sum_group(grid, x, group, partial, shift)
     while group < grid.groups:
@@ -68,7 +69,7 @@ cdef void normalize_groups(
             grid, x, partial, shift, group, stats, stats + channels, stats + 2 * channels
         )
         finish_inv_std(grid, eps, group, stats + 2 * channels, stats + 3 * channels)
-        following = tickets.take()
+        following = turns.take(tickets)
         if grid.pairs(group, following):
             for c in range(grid.first_channel(following), grid.last_channel(following)):
                 shift[c] = pilot(grid, x, c)
@@ -112,6 +113,7 @@ cdef void normalize_batch(
     cdef Grid cells = map_grid(grid.outer, channels, grid.inner, sizeof(element))
     cdef Tickets tickets
     if is_resident(grid, sizeof(element), num_threads):
+        tickets.set_batch(grid, sizeof(element), num_threads)
         with parallel(num_threads=num_threads):
             normalize_groups(
                 grid, x, residual, parameters, epilogue, eps, stream, partial, shift, y, stats,
