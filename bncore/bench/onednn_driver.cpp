@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <functional>
@@ -23,11 +24,12 @@ using Backward = batch_normalization_backward;
 namespace {
 
 tag tag_of(int ndim, const std::string &layout) {
-  static const tag first[] = {tag::nc, tag::ncw, tag::nchw, tag::ncdhw};
-  static const tag last[] = {tag::nc, tag::nwc, tag::nhwc, tag::ndhwc};
-  static const tag blocked[] = {tag::undef, tag::nCw16c, tag::nChw16c, tag::nCdhw16c};
-  const tag *tags = layout == "blocked" ? blocked : layout == "channels_last" ? last : first;
-  return tags[ndim - 2];
+  static const std::unordered_map<std::string, std::array<tag, 4>> tags{
+      {"channels_first", {tag::nc, tag::ncw, tag::nchw, tag::ncdhw}},
+      {"channels_last", {tag::nc, tag::nwc, tag::nhwc, tag::ndhwc}},
+      {"blocks of 16", {tag::undef, tag::nCw16c, tag::nChw16c, tag::nCdhw16c}},
+      {"blocks of 8", {tag::undef, tag::nCw8c, tag::nChw8c, tag::nCdhw8c}}};
+  return tags.at(layout)[ndim - 2];
 }
 
 // Memory as NumPy allocates it: large arrays in huge pages.
@@ -94,6 +96,12 @@ const char *onednn_version() {
                                   std::to_string(version()->minor) + "." +
                                   std::to_string(version()->patch);
   return text.c_str();
+}
+
+// Channels in a block of the blocked layout: as many as oneDNN's own vectors hold. Of any other it
+// has only a reference implementation.
+int onednn_block() {
+  return get_effective_cpu_isa() >= cpu_isa::avx512_core ? 16 : 8;
 }
 
 // Why onednn_prepare gave NULL.

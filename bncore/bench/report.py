@@ -16,7 +16,7 @@ from bncore.bench.workloads import Case
 
 TITLES = {
     "bncore": "bncore", "torch": "PyTorch", "onednn": "oneDNN",
-    "onednn_blocked": "oneDNN nChw16c", "jax": "JAX", "onnxruntime": "ONNX Runtime",
+    "onednn_blocked": "oneDNN blocked", "jax": "JAX", "onnxruntime": "ONNX Runtime",
     "numpy": "NumPy", "reference": "bncore on NumPy", LIMIT: "memory limit",
 }  # fmt: skip
 
