@@ -1,15 +1,18 @@
-"""The README: its blocks run and print what they say, its lines are CI's, its links lead somewhere.
+"""The README and docs/: blocks run and print what they say, lines are CI's, links lead somewhere.
 
-A block of Python may be followed by a block of text, which is what it prints. All blocks are one
-session.
+A block of Python may be followed by a block of text, which is what it prints. The README's are
+one session.
 """
 
 import contextlib
+import inspect
 import io
 import re
 from pathlib import Path
 
 import pytest
+
+import bncore
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,3 +72,25 @@ def test_tests_that_are_named_exist(page):
         [path] = ROOT.glob(f"tests/**/{file}")
         if name:
             assert re.search(rf"^\s*(def|class) {name}\b", path.read_text(encoding="utf-8"), re.M)
+
+
+def signature(name):
+    """A public name with its arguments as the reference page shows them."""
+    arguments = inspect.signature(getattr(bncore, name))
+    bare = arguments.replace(
+        parameters=[p.replace(annotation=p.empty) for p in arguments.parameters.values()],
+        return_annotation=arguments.empty,
+    )
+    return name + str(bare).replace("<class 'numpy.float32'>", "np.float32")
+
+
+def test_the_reference_lists_everything_as_it_is():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = {}
+    for heading in re.findall(r"^### (.*)$", page, re.M):
+        for entry in re.findall(r"`([^`]+)`", heading):
+            listed[entry.partition("(")[0]] = entry
+    assert sorted(listed) == sorted(bncore.__all__)
+    for name, entry in listed.items():
+        assert entry in (name, signature(name))
+    assert sum("(" in entry for entry in listed.values()) >= len(listed) - 4
