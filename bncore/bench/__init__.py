@@ -7,7 +7,11 @@ machine disturbs all of them. Ratios are medians over the rounds of what was mea
     worker      one library's process, and the protocol it speaks
     peers       one module per library: how its documentation says to call it
     runner      turns and rounds
-    report      table, summary, JSON and plot
+    outcome     what came out, and its JSON file
+    summary     the lead on each peer, and the rows without one
+    goals       what the rows should reach, and whether they do
+    report      what is printed
+    plot        bandwidth against size
     cli         the command line, `add_arguments` and `main`
 """
 

@@ -6,10 +6,13 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from bncore.bench import outcome as outcomes
 from bncore.bench import plot, report, runner, workloads
 from bncore.bench.extras import require
+from bncore.bench.outcome import TITLES, Outcome
 from bncore.bench.peers import NAMES
 from bncore.bench.workloads import Case, Workload
 
@@ -29,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites = list(dict.fromkeys(workload.suite for workload in workloads.load()))
     parser.add_argument(
         "--quick", action="store_true",
-        help="under a minute: unless said otherwise the headline suite in float32 on all threads "
-        "into given arrays, without the reference",
+        help="under a minute: unless said otherwise a few shapes in float32 on all threads into "
+        "given arrays, without the reference",
     )  # fmt: skip
     choose = parser.add_argument_group("what to measure (lists are comma-separated)")
     choose.add_argument("--suite", type=_list_of(suites), help=f"of {', '.join(suites)}")
@@ -53,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results = parser.add_argument_group("results")
     results.add_argument("--json", type=Path, help="write the results to this file")
     results.add_argument("--plot", type=Path, help="draw bandwidth against size (PNG, SVG)")
-    results.add_argument("--load", type=Path, help="measure nothing: report on this JSON file")
+    results.add_argument(
+        "--load", type=Path, nargs="+", help="measure nothing: report on these JSON files together"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -69,40 +74,47 @@ def main(args: argparse.Namespace) -> int:
     int
         The exit status.
     """
-    if args.load:
-        outcome = report.load(args.load)
-    else:
-        outcome = _measure(args)
-    report.show(outcome)
+    outcome = outcomes.load(args.load) if args.load else _measure(args)
+    if not outcome.results:
+        print("Nothing was measured.")
+        return 1
     if args.json:
-        report.save(outcome, args.json)
+        outcomes.save(outcome, args.json)
+    report.show(outcome)
     if args.plot:
         plot.plot(outcome, args.plot)
     return 0
 
 
-def _measure(args: argparse.Namespace) -> report.Outcome:
+def _measure(args: argparse.Namespace) -> Outcome:
+    """What is asked for; where the user interrupts it, what there is until then."""
     tqdm = require("tqdm").tqdm
     cases = _cases(args)
-    outcome = report.Outcome.here()
-    progress = tqdm(total=len(cases), unit="case", leave=False)
+    outcome = Outcome.here()
     events = runner.run(
         cases,
         ["bncore", *_peers(args)],
         rounds=args.rounds or (3 if args.quick else 5),
         seconds=args.turn or (0.01 if args.quick else 0.02),
     )
-    with progress:
-        for event in events:
-            if isinstance(event, runner.Result):
-                outcome.results.append(event)
-                progress.update()
-                progress.set_postfix_str(_label(event.case))
-            else:
-                outcome.meet(event)
-                for name, reason in outcome.missing.items():
-                    progress.write(f"{name} is left out: {reason}")
+    with tqdm(total=len(cases), unit="case", leave=False) as progress:
+        with suppress(KeyboardInterrupt):
+            for event in events:
+                _take(event, outcome, progress)
+        events.close()
     return outcome
+
+
+def _take(event: runner.Result | dict[str, runner.Worker], outcome: Outcome, progress) -> None:
+    if isinstance(event, runner.Result):
+        outcome.results.append(event)
+        progress.update()
+        progress.set_postfix_str(_label(event.case))
+        return
+    told = set(outcome.missing)
+    outcome.meet(event)
+    for name in outcome.missing.keys() - told:
+        progress.write(f"{TITLES[name]} is left out: {outcome.missing[name]}")
 
 
 def _peers(args: argparse.Namespace) -> Sequence[str]:
@@ -117,8 +129,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         if args.direction and "layer" in args.direction:
             chosen = [Workload("given", shape, workloads.DIRECTIONS) for shape in args.shape]
     else:
-        suites = args.suite or (["headline"] if args.quick else None)
-        chosen = [w for w in workloads.load() if suites is None or w.suite in suites]
+        chosen = [w for w in workloads.load() if args.suite is None or w.suite in args.suite]
+        if args.quick and not args.suite:
+            chosen = [w for w in chosen if w.quick]
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return list(
         workloads.cases(

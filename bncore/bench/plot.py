@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bncore.bench.extras import require
-from bncore.bench.report import TITLES, Outcome, grouped
+from bncore.bench.outcome import TITLES, Outcome, grouped
 from bncore.bench.runner import LIMIT, OURS, Result
 from bncore.bench.workloads import DIRECTIONS, LAYOUTS
 

@@ -70,11 +70,16 @@ def _limit(task: Task, seconds: float) -> dict:
 
 
 def _per_call(run: Callable[[int], float], seconds: float) -> float:
-    """Median time of a call, measured for about so many seconds."""
+    """Median time of a call, measured for about so many seconds.
+
+    Longer where a call is long: of a few samples one that was disturbed is not the median.
+    """
     once = run(1)  # wakes the threads and fetches what the others have driven from the caches
+    if once < 4 * seconds:
+        once = min(once, run(1))
     calls = max(1, int(seconds / 9 / once))
     samples, spent = [], 0.0
-    while spent < seconds or (len(samples) < 3 and once + spent < 4 * seconds):
+    while spent < seconds or (len(samples) < 5 and spent < 10 * seconds):
         samples.append(run(calls))
         spent += samples[-1]
     _wait_for_rest()

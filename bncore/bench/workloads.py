@@ -21,11 +21,22 @@ OUTPUTS = ("out", "fresh")
 
 @dataclass(frozen=True)
 class Workload:
-    """One entry of ``workloads.json``; the shape is (N, C, ...) whatever the layout."""
+    """One entry of ``workloads.json``.
+
+    Attributes
+    ----------
+    suite : str
+    shape : tuple of int
+        (N, C, ...) whatever the layout.
+    directions : tuple of str
+    quick : bool
+        Whether it is among the few of a quick run.
+    """
 
     suite: str
     shape: tuple[int, ...]
     directions: tuple[str, ...] = ("forward", "backward", "inference")
+    quick: bool = False
 
 
 @dataclass(frozen=True)
