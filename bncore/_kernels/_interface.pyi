@@ -1,0 +1,134 @@
+"""The functions of the compiled kernel modules, the same in every tier, as types.
+
+Each tier's ``statistics`` is a `Statistics`, and so on; so is `bncore.reference`, which says what
+the functions do, and declines every ``*_plain``. Values are ``(N, C, S)`` arrays, weights
+``(N, S)``, everything per channel float64.
+"""
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Values: TypeAlias = NDArray[Any]
+Doubles: TypeAlias = NDArray[np.float64]
+Parameter: TypeAlias = NDArray[Any]
+Activation: TypeAlias = tuple[int, float, float]
+
+class Statistics(Protocol):
+    def moments(
+        self, x: Values, weight: Doubles | None, stats: Doubles, num_threads: int
+    ) -> None: ...
+    def move_running_plain(
+        self,
+        running_mean: Parameter,
+        running_var: Parameter,
+        stats: Doubles,
+        momentum: float,
+        unbias: float,
+    ) -> bool | None: ...
+
+class Normalization(Protocol):
+    def forward(
+        self,
+        x: Values,
+        weight: Doubles | None,
+        gamma: Doubles | None,
+        beta: Doubles | None,
+        residual: Values | None,
+        activation: Activation,
+        eps: float,
+        y: Values,
+        stats: Doubles,
+        num_threads: int,
+    ) -> None: ...
+    def forward_plain(
+        self,
+        x: ArrayLike,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        axis: int | tuple[int, ...],
+        eps: float,
+        out: Values | None,
+        num_threads: int,
+    ) -> tuple[Values, Doubles, int, float] | None: ...
+    def normalize(
+        self,
+        x: Values,
+        mean: Doubles,
+        mean_lo: Doubles | None,
+        inv_std: Doubles,
+        gamma: Doubles | None,
+        beta: Doubles | None,
+        residual: Values | None,
+        activation: Activation,
+        y: Values,
+        num_threads: int,
+    ) -> None: ...
+    def normalize_plain(
+        self,
+        x: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        axis: int | tuple[int, ...],
+        eps: float,
+        out: Values | None,
+        num_threads: int,
+    ) -> Values | None: ...
+
+class Gradient(Protocol):
+    def reduce(
+        self,
+        dy: Values,
+        x: Values,
+        mean: Doubles,
+        mean_lo: Doubles | None,
+        inv_std: Doubles,
+        sums: Doubles,
+        num_threads: int,
+    ) -> None: ...
+    def apply(
+        self,
+        dy: Values,
+        x: Values,
+        mean: Doubles,
+        mean_lo: Doubles | None,
+        inv_std: Doubles,
+        gamma: Doubles | None,
+        sums: Doubles | None,
+        count: float,
+        dx: Values,
+        num_threads: int,
+    ) -> None: ...
+    def backward(
+        self,
+        dy: Values,
+        x: Values,
+        stats: Doubles,
+        gamma: Doubles | None,
+        count: float,
+        dx: Values,
+        sums: Doubles,
+        num_threads: int,
+    ) -> None: ...
+    def backward_plain(
+        self,
+        dy: ArrayLike,
+        x: Values,
+        stats: Doubles,
+        gamma: Parameter | None,
+        beta: Parameter | None,
+        axes: tuple[int, ...],
+        out: Values | None,
+        num_threads: int,
+    ) -> tuple[Values, Parameter | None, Parameter | None] | None: ...
+
+class Yardstick(Protocol):
+    def copy(
+        self, x: Values, out: Values, stream: bool, num_threads: int, times: int = 1
+    ) -> None: ...
+    def triad(
+        self, x: Values, y: Values, out: Values, stream: bool, num_threads: int, times: int = 1
+    ) -> None: ...
