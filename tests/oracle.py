@@ -55,16 +55,18 @@ def from_rows(rows, shape, axes):
     return np.moveaxis(moved, range(len(axes)), axes)
 
 
-def statistics(rows, weight=1):
-    """Weighted mean and biased variance of each row."""
+def centred(rows, weight=1):
+    """Each row minus its weighted mean, the mean, and the biased variance."""
     weight = np.broadcast_to(np.asarray(weight, rows.dtype), rows.shape)
-    total = weight.sum(1)
-    mean = (weight * rows).sum(1) / total
-    deviation = rows - mean[:, None]
-    # The second mean is what rounding left of zero.
-    rest = (weight * deviation).sum(1) / total
-    var = (weight * (deviation - rest[:, None]) ** 2).sum(1) / total
-    return mean + rest, var
+    total = weight.sum(1, keepdims=True)
+    # A mean of 1e12 standard deviations leaves even extended precision few digits: it goes first.
+    deviation = rows - rows[:, :1]
+    mean = rows[:, :1]
+    for _ in range(2):
+        part = (weight * deviation).sum(1, keepdims=True) / total
+        deviation = deviation - part
+        mean = mean + part
+    return deviation, mean, (weight * deviation**2).sum(1, keepdims=True) / total
 
 
 def activate(z, activation):
@@ -105,10 +107,13 @@ def forward(
     axes = channel_axes(axis, x.ndim)
     rows = to_rows(x, axes, dtype)
     if mean is None:
-        mean, var = statistics(rows, 1 if weight is None else to_rows(weight, axes, dtype))
-    mean, var = column(mean, 0, dtype), column(var, 0, dtype)
+        weight = 1 if weight is None else to_rows(weight, axes, dtype)
+        deviation, mean, var = centred(rows, weight)
+    else:
+        mean, var = column(mean, 0, dtype), column(var, 0, dtype)
+        deviation = rows - mean
     gamma, beta = column(gamma, 1, dtype), column(beta, 0, dtype)
-    scaled = gamma * (rows - mean) / np.sqrt(var + dtype(eps))
+    scaled = gamma * deviation / np.sqrt(var + dtype(eps))
     shift = dtype(0) if residual is None else to_rows(residual, axes, dtype)
     y = activate(scaled + beta + shift, activation)
     scale = np.maximum(np.maximum(abs(scaled), abs(beta)), abs(shift))
@@ -130,12 +135,13 @@ def backward(
     weight = dtype(1) if weight is None else to_rows(weight, axes, dtype)
     share = np.broadcast_to(weight, rows.shape)
     share = share / share.sum(1, keepdims=True)
-    if not fixed:
-        mean, var = statistics(rows, weight)
-    mean, var = column(mean, 0, dtype), column(var, 0, dtype)
+    if fixed:
+        deviation, var = rows - column(mean, 0, dtype), column(var, 0, dtype)
+    else:
+        deviation, _, var = centred(rows, weight)
     gamma, beta = column(gamma, 1, dtype), column(beta, 0, dtype)
     inv_std = 1 / np.sqrt(var + dtype(eps))
-    normalized = (rows - mean) * inv_std
+    normalized = deviation * inv_std
     z = gamma * normalized + beta
     if residual is not None:
         z = z + to_rows(residual, axes, dtype)
@@ -164,6 +170,15 @@ def ulp(value, dtype):
     }[np.dtype(dtype).name]  # fmt: skip
     _, exponent = np.frexp(np.abs(np.asarray(value, WIDE)))
     return np.ldexp(WIDE(1), np.maximum(exponent - 1 - bits, lowest))
+
+
+def rounding(scale, dtype):
+    """How far a result may be off whose terms have the sizes ``scale``.
+
+    4 ulp; in float64, whose statistics have no wider type to come from, also 1e-14 of the largest.
+    """
+    allowed = 4 * ulp(scale, dtype)
+    return allowed + 1e-14 * scale.max(initial=0) if dtype == np.float64 else allowed
 
 
 def assert_within(actual, expected, tolerance, what):

@@ -122,11 +122,6 @@ def run(seed, dtype):
     return saved, [(y, g), (y_fixed, g_fixed)]
 
 
-def rounding(parameter, exact):
-    """What rounding to the parameter's dtype may change."""
-    return ulp(exact, parameter.dtype)
-
-
 def assert_parameter_gradients(g, c, expected, scales, relative):
     """dgamma and dbeta: in the parameters' dtype, None where there was none."""
     for name, parameter in (("dgamma", c.gamma), ("dbeta", c.beta)):
@@ -136,7 +131,7 @@ def assert_parameter_gradients(g, c, expected, scales, relative):
             continue
         assert actual.dtype == parameter.dtype
         exact = getattr(expected, name)
-        tolerance = relative * getattr(scales, f"{name}_scale") + rounding(parameter, exact)
+        tolerance = relative * getattr(scales, f"{name}_scale") + ulp(exact, parameter.dtype)
         assert_within(actual, exact, tolerance, name)
 
 
