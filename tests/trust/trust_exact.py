@@ -6,6 +6,8 @@ from fractions import Fraction
 import mpmath
 import numpy as np
 
+mpmath.mp.prec = 200
+
 
 def exact_moments(values):
     """Mean and sum of squared deviations of floats, as fractions."""
