@@ -53,9 +53,7 @@ def batch_norm(
     sample_weight: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]: ...
-def batch_norm_backward(
-    dy: ArrayLike, saved: Saved, *, out: Array | None = None
-) -> Gradients: ...
+def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> Gradients: ...
 def batch_norm_inference(
     x: ArrayLike,
     mean: ArrayLike,
