@@ -11,6 +11,7 @@ machine disturbs all of them. Ratios are medians over the rounds of what was mea
     summary     the lead on each peer, and the rows without one
     goals       what the rows should reach, and whether they do
     report      what is printed
+    markdown    a short table for a text
     plot        bandwidth against size
     cli         the command line, `add_arguments` and `main`
 """

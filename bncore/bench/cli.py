@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from bncore.bench import markdown, plot, report, runner, workloads
 from bncore.bench import outcome as outcomes
-from bncore.bench import plot, report, runner, workloads
 from bncore.bench.extras import require
 from bncore.bench.outcome import TITLES, Outcome
 from bncore.bench.peers import NAMES
@@ -52,9 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choose.add_argument("--peers", type=_list_of(NAMES[1:]), help=f"of {', '.join(NAMES[1:])}")
     how = parser.add_argument_group("how")
     how.add_argument("--rounds", type=_positive, help="turns of each peer: 5, with --quick 3")
-    how.add_argument("--turn", type=float, help="about this many seconds a turn: 0.02, with --quick 0.01")
+    how.add_argument(
+        "--turn", type=float, help="about this many seconds a turn: 0.02, with --quick 0.01"
+    )
     results = parser.add_argument_group("results")
     results.add_argument("--json", type=Path, help="write the results to this file")
+    results.add_argument("--markdown", type=Path, help="write a short table to this file")
     results.add_argument("--plot", type=Path, help="draw bandwidth against size (PNG, SVG)")
     results.add_argument(
         "--load", type=Path, nargs="+", help="measure nothing: report on these JSON files together"
@@ -83,6 +85,8 @@ def main(args: argparse.Namespace) -> int:
     report.show(outcome)
     if args.plot:
         plot.plot(outcome, args.plot)
+    if args.markdown:
+        markdown.save(outcome, args.markdown)
     return 0
 
 
@@ -154,9 +158,7 @@ def _list_of(names: Sequence[str]) -> Callable[[str], list[str]]:
         chosen = text.split(",")
         for name in chosen:
             if name not in names:
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is none of {', '.join(names)}"
-                )
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}")
         return chosen
 
     return parse

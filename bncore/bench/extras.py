@@ -19,6 +19,4 @@ def require(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(
-            f'bncore bench needs {package}: pip install "bncore[bench]"'
-        ) from error
+        raise ImportError(f'bncore bench needs {package}: pip install "bncore[bench]"') from error

@@ -99,7 +99,7 @@ def _small(results: Sequence[Result]) -> Iterator[Check]:
 def _no_cliff(results: Sequence[Result]) -> Iterator[Check]:
     """An irregular shape's time per byte beside that of the nearest regular one in size."""
     values = []
-    for same in grouped(results, lambda r: (r.case.layout, r.case.direction)).values():
+    for same in grouped(results, lambda r: (r.case.channels_apart, r.case.direction)).values():
         regular = [r for r in same if _is_regular(r.case.shape)]
         for result in (r for r in same if r not in regular):
             near = min(regular, key=lambda r: _apart(r, result), default=None)
@@ -128,7 +128,9 @@ def _threads(
     times = {key(r): r.seconds[OURS] for r in alone}
     values = [(times[key(r)] / r.seconds[OURS], r) for r in results if key(r) in times]
     cache = outcome.machine["last_cache"]
-    cached = [v for v, r in values if TEAM_WORK <= r.case.tensor_bytes and r.case.bytes_moved < cache]
+    cached = [
+        v for v, r in values if TEAM_WORK <= r.case.tensor_bytes and r.case.bytes_moved < cache
+    ]
     yield from _mean("by one thread, geometric mean in the cache", TWO_THREADS, cached)
     yield from _each("by one thread, every size", 1.0, values)
 

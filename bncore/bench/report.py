@@ -38,7 +38,7 @@ def _parts(outcome: Outcome) -> Iterator:
 
 
 def rows(results: Iterable[Result], outcome: Outcome, title: str):
-    """A row per case: bncore's time and bandwidth, its share of the limit, its lead on each peer."""
+    """A row per case: bncore's time, bandwidth and share of the limit, its lead on each peer."""
     contenders = outcome.contenders
     table = _table(
         title,
@@ -130,8 +130,8 @@ def legend(outcome: Outcome) -> str:
     machine = outcome.machine
     lines = [
         f"{machine['cpu']}, {machine['cpus']} CPUs. {versions}.",
-        "GB/s count x and y, in backward dy, x and dx. limit: copy, in backward triad, over the same "
-        "memory in the same process.",
+        "GB/s count x and y, in backward dy, x and dx. limit: copy, in backward triad, over the "
+        "same memory in the same process.",
         "of limit, in brackets: of what is left of it where data must be read twice. By peer: its "
         "time by bncore's, more than 1 where bncore is faster.",
     ]

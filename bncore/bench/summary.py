@@ -95,6 +95,16 @@ def same_layout(result: Result) -> dict[str, float]:
     }
 
 
+def most_telling(results: Iterable[Result]) -> tuple[tuple[int, str, str], list[Result]]:
+    """The conditions (threads, dtype, output) to show where only one can be, and their results:
+    most threads, float32 and ``out=``, where there are such."""
+    conditions = grouped(results, lambda r: (r.case.threads, r.case.dtype, r.case.output))
+    return max(
+        conditions.items(),
+        key=lambda item: (item[0][0], item[0][1] == "float32", item[0][2] == "out"),
+    )
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """exp of the mean log.
 

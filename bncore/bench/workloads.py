@@ -79,6 +79,11 @@ class Case:
         return 1 if self.layout == "channels_first" else -1
 
     @property
+    def channels_apart(self) -> bool:
+        """Whether each channel's values lie together; in (N, C) they never do."""
+        return self.layout == "channels_first" and len(self.shape) > 2
+
+    @property
     def tensor_bytes(self) -> int:
         return math.prod(self.shape) * {"float32": 4, "float64": 8}[self.dtype]
 
@@ -97,7 +102,7 @@ class Case:
         """
         if self.direction == "inference":
             return self.bytes_moved
-        if self.layout == "channels_first":
+        if self.channels_apart:
             kept = self.tensor_bytes // self.channels
         else:  # a line of memory holds many channels: they all pass before the first is known
             kept = self.tensor_bytes // self.threads

@@ -10,7 +10,6 @@ import numpy as np
 from bncore.bench.peers import EPS, Data, Task, channels_second, data, looped
 from bncore.bench.workloads import Case
 
-
 SMALL_BYTES = 1 << 20
 """Below this one thread may pass over an array faster than a team."""
 

@@ -55,9 +55,7 @@ class Peer:
             [helper.make_tensor_value_info("y", element, x.shape)],
             [to_array(getattr(arrays, name), name) for name in names],
         )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=10
-        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=10)
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = self.threads
         return self.runtime.InferenceSession(

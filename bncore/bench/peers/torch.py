@@ -50,18 +50,14 @@ class Peer:
     def backward(self, arrays: Data, case: Case):
         x, dy = self.tensors(case, arrays.x, arrays.dy)
         gamma, beta = self.parameters(arrays.gamma, arrays.beta)
-        _, mean, inv_std = self.torch.native_batch_norm(
-            x, gamma, beta, None, None, True, 0.1, EPS
-        )
+        _, mean, inv_std = self.torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
         native = self.torch.ops.aten.native_batch_norm_backward.default
         given = dy, x, gamma, None, None, mean, inv_std, True, EPS, [True, True, True]
         return lambda: native(*given)[0]
 
     def inference(self, arrays: Data, case: Case):
         [x] = self.tensors(case, arrays.x)
-        gamma, beta, mean, var = self.parameters(
-            arrays.gamma, arrays.beta, arrays.mean, arrays.var
-        )
+        gamma, beta, mean, var = self.parameters(arrays.gamma, arrays.beta, arrays.mean, arrays.var)
         if case.output == "fresh":
             batch_norm = self.torch.nn.functional.batch_norm
             return lambda: batch_norm(x, mean, var, gamma, beta, False, 0.0, EPS)

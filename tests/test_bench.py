@@ -1,0 +1,347 @@
+"""The benchmark: its workloads, its processes, what its peers compute, and what it writes."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bncore import cli
+from bncore.bench import goals, markdown, outcome, plot, report, runner, summary, workloads
+from bncore.bench.peers import EPS, NAMES, channels_second, data
+from bncore.bench.workloads import Case
+
+pytest.importorskip("matplotlib", reason="needs bncore[bench]")
+pytest.importorskip("psutil", reason="needs bncore[bench]")
+pytest.importorskip("rich", reason="needs bncore[bench]")
+
+SHAPE = (3, 4, 5, 2)
+MACHINE = {
+    "cpu": "a CPU", "cpus": 2, "own_cache": 1 << 19, "last_cache": 1 << 25, "busy_before": 0.0,
+    "system": "a system", "python": "3",
+}  # fmt: skip
+
+
+def case(shape=SHAPE, **changes):
+    plain = dict(
+        suite="small", layout="channels_first", direction="forward", dtype="float32",
+        output="out", threads=1,
+    )  # fmt: skip
+    return Case(shape=shape, **{**plain, **changes})
+
+
+def row(ratios, shape=SHAPE, **changes):
+    """A result in which bncore takes a second."""
+    seconds = {"bncore": 1.0, **ratios}
+    return runner.Result(case(shape, **changes), seconds, dict(ratios))
+
+
+# -------------------------------------------------------------------------------------- workloads
+
+
+def test_workloads_cover_the_networks_and_are_distinct():
+    found = workloads.load()
+    assert len({(w.suite, w.shape) for w in found}) == len(found)
+    suites = {w.suite for w in found}
+    assert {"resnet50", "googlenet_v2", "densenet121", "mlp", "conv1d", "conv3d"} <= suites
+    shapes = {w.shape for w in found}
+    assert {(2, 8), (65536, 1024), (2, 16, 8, 8), (64, 100), (50, 64, 112, 112)} <= shapes
+    small = [w for w in found if w.shape in goals.SMALL_SHAPES]
+    assert small and all("layer" in w.directions and w.quick for w in small)
+
+
+def test_cases_are_every_combination_once():
+    chosen = [workloads.Workload("a", SHAPE), workloads.Workload("b", (6, 4))]
+    found = list(workloads.cases(chosen, threads=[1, 2]))
+    assert len(set(found)) == len(found) == 2 * 2 * 2 * 3 * (2 + 1)
+    assert [c.threads for c in found] == sorted(c.threads for c in found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "direction", "times"),
+    [
+        ((8, 4, 16, 16), "channels_first", "forward", 1),  # a channel has 8 KB
+        ((8, 4, 16, 16), "channels_last", "forward", 3 / 2),  # all of them 32 KB
+        ((8, 4, 16, 16), "channels_last", "backward", 5 / 3),
+        ((8, 4, 16, 16), "channels_last", "inference", 1),
+        ((2048, 4), "channels_first", "forward", 3 / 2),
+    ],
+)
+def test_bytes_needed_count_again_what_a_cache_does_not_keep(shape, layout, direction, times):
+    given = case(shape, layout=layout, direction=direction)
+    assert given.bytes_needed(20_000) == given.bytes_moved * times
+    assert given.bytes_needed(1 << 30) == given.bytes_moved
+
+
+# ------------------------------------------------------------------------------------------ peers
+
+RESULTS = """
+import json, sys
+import numpy as np
+sys.path[:] = json.loads(sys.argv[1])
+from importlib import import_module
+from bncore.bench.peers import Missing, Unsupported
+from bncore.bench.workloads import Case
+name, path = sys.argv[2], sys.argv[3]
+try:
+    peer = import_module(f"bncore.bench.peers.{name}").Peer(1)
+except (ImportError, Missing) as error:
+    sys.exit(f"missing: {error}")
+found = {}
+for i, values in enumerate(json.loads(sys.argv[4])):
+    try:
+        task = peer.prepare(Case(**values))
+    except Unsupported:
+        continue
+    assert task.run(2) > 0
+    found[str(i)] = task.result()
+np.savez(path, **found)
+"""
+
+
+def expected(given):
+    """In float64, by the formulas."""
+    arrays = data(given)
+    x = channels_second(arrays.x, given).astype(np.float64)
+    axes = tuple(i for i in range(x.ndim) if i != 1)
+
+    def column(parameter):
+        return np.asarray(parameter, np.float64).reshape(-1, *[1] * (x.ndim - 2))
+
+    mean, var = (x.mean(axes), x.var(axes))
+    if given.direction == "inference":
+        mean, var = arrays.mean, arrays.var
+    scale = 1 / np.sqrt(column(var) + EPS)
+    xhat = (x - column(mean)) * scale
+    if given.direction != "backward":
+        return xhat * column(arrays.gamma) + column(arrays.beta)
+    dy = channels_second(arrays.dy, given).astype(np.float64)
+    centred = dy - column(dy.mean(axes)) - xhat * column((dy * xhat).mean(axes))
+    return centred * column(arrays.gamma) * scale
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peers_compute_batch_norm(name, tmp_path):
+    """Every one, in every case that it takes."""
+    chosen = [workloads.Workload("a", s, workloads.DIRECTIONS) for s in (SHAPE, (9, 4), (3, 4, 5))]
+    cases = list(workloads.cases(chosen, threads=[1]))
+    path = tmp_path / "results.npz"
+    given = [vars(c) for c in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", RESULTS, json.dumps(sys.path), name, path, json.dumps(given)],
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    if done.stderr.startswith("missing: "):
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    with np.load(path) as results:
+        assert len(results.files) >= 3
+        for i in results.files:
+            one = cases[int(i)]
+            tolerance = {"float32": 2e-5, "float64": 1e-12}[one.dtype]
+            wanted = expected(one)
+            found = results[i].reshape(wanted.shape)
+            np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=str(one))
+
+
+# ----------------------------------------------------------------------------------------- runner
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """bncore, NumPy and the reference on a tiny shape."""
+    cases = list(workloads.cases([workloads.Workload("small", SHAPE)], threads=[1]))
+    found = outcome.Outcome(dict(MACHINE))
+    for event in runner.run(cases, ["bncore", "numpy", "reference"], rounds=2, seconds=1e-4):
+        if isinstance(event, runner.Result):
+            found.results.append(event)
+        else:
+            found.meet(event)
+    return found
+
+
+def test_every_contender_is_measured_in_every_case(measured):
+    assert set(measured.versions) == {"bncore", "numpy", "reference"}
+    assert "(numpy)" in measured.versions["reference"]
+    assert len(measured.results) == 2 * 2 * 2 * 3
+    for result in measured.results:
+        assert result.skipped == {}
+        assert result.ratios.keys() >= {"numpy", "reference"}
+        assert all(math.isfinite(t) and t > 0 for t in result.seconds.values())
+
+
+def test_compiled_bncore_is_measured_beside_the_limit(measured, backend):
+    if "(numpy)" in measured.versions["bncore"]:
+        pytest.skip("the fallback has no yardstick")
+    assert all(runner.LIMIT in result.ratios for result in measured.results)
+
+
+@pytest.fixture
+def no_jax(tmp_path, monkeypatch):
+    """Child processes find no JAX."""
+    tmp_path.joinpath("jax.py").write_text("raise ImportError('no jax here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_a_missing_peer_is_named_and_skipped(no_jax, capsys):
+    found = outcome.Outcome(dict(MACHINE))
+    for event in runner.run([case()], ["bncore", "jax"], rounds=1, seconds=1e-4):
+        if isinstance(event, runner.Result):
+            found.results.append(event)
+        else:
+            found.meet(event)
+    assert found.missing == {"jax": "no jax here"}
+    assert "jax" not in found.results[0].seconds
+    report.show(found)
+    assert "JAX is left out: no jax here" in capsys.readouterr().out
+
+
+def test_a_peer_that_dies_is_missing_with_its_last_words(monkeypatch):
+    monkeypatch.setattr(runner, "_START", "import sys; sys.exit('out of order')")
+    worker = runner.Worker("numpy", 1)
+    try:
+        worker.wait()
+    finally:
+        worker.close()
+    assert "out of order" in worker.missing
+
+
+# --------------------------------------------------------------------------------- what is written
+
+
+def test_the_report_has_a_row_for_every_case(measured, capsys):
+    report.show(measured)
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith("│ ") and " us " in line]
+    assert len([line for line in rows if "NumPy" not in line]) >= len(measured.results)
+    assert shown.count("into a fresh array") == shown.count("into a given array") - 1 == 2
+    assert "3x4x5x2" in shown
+
+
+def test_saved_outcomes_load_together(measured, tmp_path):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    outcome.save(measured, one)
+    assert outcome.load([one]) == measured
+    again = outcome.Outcome(dict(MACHINE), results=[row({"numpy": 3.0}), row({}, (7, 7))])
+    outcome.save(again, two)
+    both = outcome.load([one, two])
+    assert len(both.results) == len(measured.results) + 1
+    [replaced] = [r for r in both.results if r.case == case()]
+    assert replaced.ratios == {"numpy": 3.0}
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_plot_is_drawn(measured, tmp_path, suffix):
+    larger = [
+        row({"limit": 0.5, "numpy": 4.0}, (4, c, 16, 16), direction=d, layout=layout)
+        for c, d, layout in itertools.product((16, 64), markdown.DIRECTIONS, workloads.LAYOUTS)
+    ]
+    path = tmp_path / f"bandwidth.{suffix}"
+    plot.plot(outcome.Outcome(dict(MACHINE), results=larger), path)
+    head = path.read_bytes()[:200]
+    assert head.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in head
+
+
+def test_the_short_table_has_a_line_per_shape_and_layout(measured):
+    found = list(markdown.lines(measured))
+    assert found[0].startswith("| shape | layout | ")
+    assert [line.split(" | ")[:2] for line in found[2:4]] == [
+        ["| 3×4×5×2", "channels first"],
+        ["| 3×4×5×2", "channels last"],
+    ]
+    assert {line.count("|") for line in found[:4]} == {found[0].count("|")}
+
+
+def test_the_command_measures_reports_and_writes(tmp_path, capsys):
+    paths = {kind: tmp_path / kind for kind in ("json", "plot.png", "markdown")}
+    arguments = ["--shape", "3,4,5,2", "--threads", "1", "--dtype", "float32", "--output", "out"]
+    arguments += ["--layout", "channels_first", "--peers", "numpy", "--rounds", "1"]
+    for kind, path in paths.items():
+        arguments += [f"--{kind.partition('.')[0]}", str(path)]
+    assert cli.main(["bench", *arguments, "--turn", "0.0001"]) == 0
+    assert "NumPy" in capsys.readouterr().out
+    assert all(path.stat().st_size > 100 for path in paths.values())
+    assert cli.main(["bench", "--load", str(paths["json"])]) == 0
+    assert "3x4x5x2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--shape", "7"], ["--peers", "keras"], ["--rounds", "0"]])
+def test_wrong_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *arguments])
+    assert arguments[1] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- summary and goals
+
+
+def test_losses_are_the_rows_with_a_faster_peer_in_the_same_layout():
+    rows = [
+        row({"torch": 2.0, "onednn": 0.5, "limit": 0.3}),
+        row({"torch": 0.25, "onednn": 0.75}, direction="backward"),
+        row({"torch": 2.0, "onednn_blocked": 0.1}, direction="inference"),
+    ]
+    found = summary.losses(outcome.Outcome(dict(MACHINE), results=rows))
+    assert [(loss.ratio, loss.peer, loss.result) for loss in found] == [
+        (0.25, "torch", rows[1]),
+        (0.5, "onednn", rows[0]),
+    ]
+
+
+def test_best_onednn_is_the_fastest_of_all_layouts():
+    rows = [
+        row({"onednn": 4.0, "onednn_blocked": 3.0}),
+        row({"onednn": 2.0}, layout="channels_last"),
+        row({"onednn": 5.0}, direction="backward"),
+    ]
+    assert summary.best_onednn(rows) == [2.0, 2.0, 5.0]
+
+
+def of(goal, results):
+    """The check whose goal begins so."""
+    found = goals.checks(outcome.Outcome(dict(MACHINE), results=results))
+    [check] = [c for c in itertools.chain(*found.values()) if c.goal.startswith(goal)]
+    return check
+
+
+def test_the_limit_is_scaled_where_data_are_read_twice():
+    shape = (16, 64, 64, 64)  # 16.8 MB, 262 KB a channel
+    rows = [row({"limit": 0.95}, shape), row({"limit": 0.62}, shape, layout="channels_last")]
+    once, twice = of("larger than the cache, read once", rows), of("larger than", rows[1:])
+    assert (once.reached, once.holds) == (0.95, True)
+    assert twice.reached == pytest.approx(0.93)
+
+
+def test_goals_name_their_worst_row():
+    rows = [row({"torch": 5.0}), row({"torch": 0.9}, direction="backward")]
+    check = of("ahead of every peer", rows)
+    assert (check.reached, check.rows, check.met) == (0.9, 2, 1)
+    assert check.worst is rows[1] and not check.holds
+    assert of("geometric mean over PyTorch", rows).reached == pytest.approx(math.sqrt(4.5))
+
+
+def test_small_shapes_have_goals_of_their_own():
+    rows = [
+        row({"torch": 1.9, "onednn": 1.2}, (64, 100), direction="layer"),
+        row({"torch": 0.1}, (64, 100), direction="backward"),
+    ]
+    assert not of("small shapes, inference and layer, by PyTorch", rows).holds
+    assert of("small shapes, inference and layer, by oneDNN", rows).holds
+
+
+def test_irregular_shapes_are_compared_with_the_nearest_regular_one():
+    regular = row({}, (8, 64, 28, 28))
+    slow = runner.Result(case((8, 63, 28, 28)), {"bncore": 2.0})
+    check = of("speed of irregular shapes", [regular, slow])
+    assert check.worst is slow
+    assert check.reached == pytest.approx(1.5 * (63 / 64) / 2)
+
+
+def test_threads_are_compared_with_one():
+    shape = (64, 16, 32, 32)  # 4 MB
+    alone = runner.Result(case(shape), {"bncore": 1.9})
+    check = of("by one thread, geometric mean", [alone, row({}, shape, threads=2)])
+    assert check.reached == pytest.approx(1.9) and check.holds
