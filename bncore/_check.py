@@ -148,6 +148,18 @@ def sample_weight(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | N
     return array
 
 
+def state(array, name: str, shape: tuple[int, ...]) -> None:
+    """Check that an array of a layer's can be written to: it may have been replaced."""
+    if type(array) is not np.ndarray:
+        raise TypeError(f"{name} must be an ndarray, got {type(array).__name__}")
+    if array.dtype.kind != "f" and array.dtype.name not in FLOAT_NAMES:
+        raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the channels' shape {shape}, got {array.shape}")
+    if not array.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+
+
 def output(out, like: np.ndarray, in_place: dict, read: dict, name: str = "out"):
     """Check an output array.
 

@@ -90,12 +90,6 @@ def positions_to_kernel(positions: np.ndarray, layout: Layout) -> np.ndarray:
     return np.ascontiguousarray(positions.transpose(layout.order)).reshape(n, s)
 
 
-def empty_like(x: np.ndarray, layout: Layout) -> np.ndarray:
-    """A fresh array with ``x``'s shape and native dtype whose memory follows ``layout``."""
-    ordered = np.empty([x.shape[axis] for axis in layout.order], x.dtype.newbyteorder("="))
-    return ordered.transpose(np.argsort(layout.order))
-
-
 def _effective_stride(x: np.ndarray, axis: int) -> int:
     if x.shape[axis] != 1:
         return x.strides[axis]

@@ -293,7 +293,10 @@ def batch_norm_backward(dy, saved, *, out=None):
 
     x, gamma, beta = saved.x, saved.gamma, saved.beta
     dy = _check.same_shape(dy, "dy", x)
-    _check.output(out, x, in_place={"dy": dy, "x": x}, read={"gamma": gamma, "beta": beta})
+    _check.output(
+        out, x, in_place={"dy": dy, "x": x},
+        read={"gamma": gamma, "beta": beta, "saved's statistics": saved.stats},
+    )  # fmt: skip
     layout = _layout.layout_of(x, saved.axes)
     sums = np.empty((2, layout.shape[1]))
     kernel_dy, kernel_x = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout)
@@ -311,6 +314,7 @@ def batch_norm_backward(dy, saved, *, out=None):
     if extras.had_residual:
         dresidual = _layout.from_kernel(kernel_dz.copy(), layout, x.shape)
     target = _Target(out, x, layout)
+    dgamma, dbeta = _gradient_like(gamma), _gradient_like(beta)
     if extras.weight is None:
         _backend.active.gradient.backward(
             kernel_dz, kernel_x, saved.stats, _parameter(gamma), saved.values,
@@ -323,7 +327,9 @@ def batch_norm_backward(dy, saved, *, out=None):
         )  # fmt: skip
     if extras.valid is not None:
         np.copyto(target.kernel_array, 0, where=~extras.valid[:, None], casting="unsafe")
-    return Gradients(target.finish(), _like(sums[1], gamma), _like(sums[0], beta), dresidual)
+    _fill(dgamma, sums[1])
+    _fill(dbeta, sums[0])
+    return Gradients(target.finish(), dgamma, dbeta, dresidual)
 
 
 def batch_norm_inference(
@@ -457,12 +463,15 @@ def batch_norm_inference_backward(
     )  # fmt: skip
     arguments = kernel_dz, kernel_x, _parameter(mean), None
     gradient = _backend.active.gradient
+    dgamma, dbeta = _gradient_like(gamma), _gradient_like(beta)
     if gamma is not None or beta is not None:
         gradient.reduce(*arguments, inv_std, sums, _threads(x))
     gradient.apply(
         *arguments, inv_std, _parameter(gamma), None, 0.0, target.kernel_array, _threads(x)
     )
-    return Gradients(target.finish(), _like(sums[1], gamma), _like(sums[0], beta))
+    _fill(dgamma, sums[1])
+    _fill(dbeta, sums[0])
+    return Gradients(target.finish(), dgamma, dbeta)
 
 
 def moments(x, *, axis=1, mask=None, sample_weight=None):
@@ -627,22 +636,19 @@ class _Target:
 
     def __init__(self, out, x, layout):
         self._layout = layout
-        self._shape = x.shape
-        self._copied_to = None
         if out is None:
-            out = _layout.empty_like(x, layout)
-        elif not _layout.has_view(out, layout):
-            self._copied_to = out
-            out = _layout.empty_like(x, layout)
+            out = np.empty_like(x, x.dtype.newbyteorder("="), subok=False)
         self._out = out
-        self.kernel_array = _layout.to_kernel(out, layout)
+        self._direct = _layout.has_view(out, layout)
+        self.kernel_array = (
+            _layout.to_kernel(out, layout) if self._direct else np.empty(layout.shape, out.dtype)
+        )
 
     def finish(self):
         """The caller's array, filled."""
-        if self._copied_to is None:
-            return self._out
-        self._copied_to[...] = self._out
-        return self._copied_to
+        if not self._direct:
+            self._out[...] = _layout.from_kernel(self.kernel_array, self._layout, self._out.shape)
+        return self._out
 
 
 def _weights(mask, sample_weight, layout):
@@ -690,11 +696,16 @@ def _parameter(array):
     return None if array is None else np.ascontiguousarray(array, np.float64).reshape(-1)
 
 
-def _like(sums, parameter):
-    """A parameter's gradient in the parameter's shape and dtype, None where there is none."""
+def _gradient_like(parameter):
+    """Room for the gradient of a parameter, in its shape and dtype; None where there is none."""
     if parameter is None:
         return None
-    return sums.reshape(parameter.shape).astype(parameter.dtype.newbyteorder("="))
+    return np.empty(parameter.shape, parameter.dtype.newbyteorder("="))
+
+
+def _fill(gradient, sums):
+    if gradient is not None:
+        gradient[...] = sums.reshape(gradient.shape)
 
 
 def _required(value, name, shape):

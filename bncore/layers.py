@@ -248,6 +248,8 @@ class BatchNorm:
         if "num_batches_tracked" in state:
             tracked = _loaded_counter(state["num_batches_tracked"])
         for key, array in arrays.items():
+            _check.state(array, key, self.shape)
+        for key, array in arrays.items():
             array[...] = loaded[key]
         self.num_batches_tracked = tracked
 
@@ -277,11 +279,15 @@ class BatchNorm:
             raise ValueError(
                 f"x must have more than 1 value per channel in training, got shape {x.shape}"
             )
+        tracking = self.training and self.track_running_stats and x.size > 0
+        if tracking:
+            _check.state(self.running_mean, "running_mean", self.shape)
+            _check.state(self.running_var, "running_var", self.shape)
         y, saved = batch_norm(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps,
             activation=self.activation, out=out,
         )  # fmt: skip
-        if self.training and self.track_running_stats and x.size:
+        if tracking:
             self._track(saved)
         self._forward = saved
         return y

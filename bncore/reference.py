@@ -9,12 +9,27 @@ well enough to subtract it.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 NO_ACTIVATION = (0, 0.0, 0.0)
 """Activations are ``(code, a, b)``: 0 none, 1 clip to [a, b], 2 slope a below zero."""
 
 
+def _quietly(function):
+    """Infinities and NaN in the data go through the arithmetic without a warning, as they do in the
+    compiled kernels."""
+
+    @functools.wraps(function)
+    def quiet(*arguments, **options):
+        with np.errstate(all="ignore"):
+            return function(*arguments, **options)
+
+    return quiet
+
+
+@_quietly
 def moments(x, weight, stats, num_threads=1):
     """Per-channel weighted mean and sum of squared deviations.
 
@@ -36,6 +51,7 @@ def moments(x, weight, stats, num_threads=1):
     stats[2] = np.ldexp(m2, 2 * scale)
 
 
+@_quietly
 def forward(x, weight, gamma, beta, residual, activation, eps, y, stats, num_threads=1):
     """Normalize by the batch's own statistics.
 
@@ -67,6 +83,7 @@ def forward(x, weight, gamma, beta, residual, activation, eps, y, stats, num_thr
     normalize(x, stats[0], stats[1], stats[3], gamma, beta, residual, activation, y)
 
 
+@_quietly
 def normalize(x, mean, mean_lo, inv_std, gamma, beta, residual, activation, y, num_threads=1):
     """Normalize by given statistics: ``y = activation(gamma (x - mean) inv_std + beta + residual)``.
 
@@ -82,6 +99,7 @@ def normalize(x, mean, mean_lo, inv_std, gamma, beta, residual, activation, y, n
     y[...] = _activate(_affine(x, mean, mean_lo, inv_std, gamma, beta, residual), activation)
 
 
+@_quietly
 def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
     """The two sums a gradient needs: ``sum dy`` and ``sum dy x'`` with ``x' = (x - mean) inv_std``.
 
@@ -98,6 +116,7 @@ def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
     sums[1] = (dy * normalized).sum(axis=1)
 
 
+@_quietly
 def apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx, num_threads=1):
     """The gradient of the input from the two sums.
 
@@ -141,6 +160,7 @@ def backward(dy, x, stats, gamma, count, dx, sums, num_threads=1):
     apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx)
 
 
+@_quietly
 def move_running(running_mean, running_var, stats, momentum, unbias):
     """Move running statistics towards a batch's: ``r <- (1 - momentum) r + momentum s``.
 
@@ -157,6 +177,7 @@ def move_running(running_mean, running_var, stats, momentum, unbias):
         running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
 
 
+@_quietly
 def weighted_backward(dy, x, weight, stats, gamma, dx, sums):
     """`backward` where the statistics were weighted.
 
@@ -185,6 +206,7 @@ def weighted_backward(dy, x, weight, stats, gamma, dx, sums):
     dx[...] = _column(inv_std if gamma is None else gamma * inv_std) * gradient
 
 
+@_quietly
 def activation_gradient(dy, z, activation, dz):
     """The gradient of ``activation(z)``: dz = dy where z passes, else 0 or slope dy.
 
@@ -237,7 +259,9 @@ def _moments(x, weight):
 
 def _by_channel(x, weight):
     """x as contiguous (C, N*S) float64, and the weights, without the positions of weight 0."""
-    values = x.transpose(1, 0, 2).reshape(x.shape[1], -1).astype(np.float64)
+    # Contiguous, as NumPy sums pairwise, and so accurately, only along contiguous memory.
+    by_channel = np.ascontiguousarray(x.transpose(1, 0, 2), np.float64)
+    values = by_channel.reshape(x.shape[1], x.shape[0] * x.shape[2])
     if weight is None:
         return values, None
     used = weight.ravel() != 0

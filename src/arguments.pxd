@@ -136,21 +136,25 @@ cdef inline const double* as_doubles(object parameter, double* converted) noexce
     return converted
 
 
-cdef inline object gradient_like(object parameter, const double* values):
-    """A parameter's gradient: values in the shape and dtype of the plain parameter, or None."""
-    if parameter is None:
-        return None
-    cdef cnp.ndarray gradient = fresh_like(<cnp.ndarray> parameter)
-    cdef float* floats = <float*> cnp.PyArray_DATA(gradient)
-    cdef double* doubles = <double*> cnp.PyArray_DATA(gradient)
+cdef inline object gradient_like(object parameter):
+    """Room for the gradient of a plain parameter, None for None."""
+    return None if parameter is None else fresh_like(<cnp.ndarray> parameter)
+
+
+cdef inline void fill_gradient(object gradient, const double* values) noexcept:
+    """Write values into what `gradient_like` gave."""
+    if gradient is None:
+        return
+    cdef cnp.ndarray array = <cnp.ndarray> gradient
+    cdef float* floats = <float*> cnp.PyArray_DATA(array)
+    cdef double* doubles = <double*> cnp.PyArray_DATA(array)
     cdef ptrdiff_t i
-    if cnp.PyArray_TYPE(gradient) == cnp.NPY_DOUBLE:
-        for i in range(cnp.PyArray_SIZE(gradient)):
+    if cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
+        for i in range(cnp.PyArray_SIZE(array)):
             doubles[i] = values[i]
     else:
-        for i in range(cnp.PyArray_SIZE(gradient)):
+        for i in range(cnp.PyArray_SIZE(array)):
             floats[i] = <float> values[i]
-    return gradient
 
 
 cdef enum Kind:

@@ -14,6 +14,7 @@
 #define BNCORE_BLOCKS_H
 
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <initializer_list>
 
@@ -26,7 +27,6 @@ constexpr ptrdiff_t kMaxLine = 2048;     // places on a line of columns
 constexpr ptrdiff_t kSumLine = 512;      // the same where they are summed
 constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels in a group of rows
 constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
-constexpr ptrdiff_t kAhead = 1024;       // bytes of each row fetched ahead, eight rows at a time
 constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
 
 inline ptrdiff_t clamp(ptrdiff_t v, ptrdiff_t low, ptrdiff_t high) {
@@ -68,13 +68,13 @@ struct Grid {
 
 /* Whether planes are so small, and so many to a channel, that columns serve them better. */
 inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner) {
-  return inner > 1 && inner < kPacked && outer >= 2 * kTreeRows;
+  return inner > 1 && inner < kPacked && outer >= kStripRows;
 }
 
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
  * columns as many as keep a group in the cache, if that is four cache lines of them or more. */
 inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize) {
-  constexpr ptrdiff_t page = 4096, cell = 256 * 1024, cached = 512 * 1024, max_blocks = 64;
+  constexpr ptrdiff_t page = 4096, cell = 256 * 1024, max_blocks = 64;
   Grid grid = {};
   grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
   if (has_small_planes(outer, inner)) {
@@ -82,8 +82,7 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
     grid.width = kSumLine / inner;
   } else if (inner == 1) {
     grid.columns = true;
-    grid.width = clamp(cached / (outer * itemsize) / 64 * 64, 0, kSumLine);
-    if (grid.width == 0) grid.width = kSumLine;
+    grid.width = kSumLine;
     if (channels < kPacked / 2) grid.tile = kSumLine / 2 / channels;
   } else {
     grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
@@ -162,20 +161,23 @@ struct SumTable {
   }
 };
 
-/* Terms of a forward pass: deviations from a shift per channel. */
-template <class T> struct MomentTerms {
+/* Terms of a forward pass: deviations from a shift per channel. Scaled: of x times a power of two
+ * per channel, from a shift that is multiplied already. */
+template <class T, bool Scaled = false> struct MomentTerms {
   View<const T> x;
   const double* shift;
+  const double* unit;
 
-  void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double*) const {
+  void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double* two) const {
     fill_line(grid, last - first, [&](ptrdiff_t c) { return shift[first + c]; }, one);
+    if (Scaled) fill_line(grid, last - first, [&](ptrdiff_t c) { return unit[first + c]; }, two);
   }
-  Deviations<T> row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return {x.at(n, c) + s, shift[c]};
+  Deviations<T, Scaled> row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return {x.at(n, c) + s, shift[c], Scaled ? unit[c] : 1};
   }
-  ColumnDeviations<T> column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* shifts,
-                             const double*) const {
-    return {x.at(n, c), x.n_stride * tile, shifts};
+  ColumnDeviations<T, Scaled> column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile,
+                                     const double* shifts, const double* units) const {
+    return {x.at(n, c), x.n_stride * tile, shifts, units};
   }
 };
 
@@ -267,10 +269,14 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
     /* Whole tiles first, then what is left line by line. */
     const ptrdiff_t tile = grid.tile <= end - n ? grid.tile : 1;
     const ptrdiff_t places = tile * channels * grid.inner, lines = clamp((end - n) / tile, 1, chain);
+    /* After a block's last line comes the neighbouring group, if there is one. */
+    const bool done = n + lines * tile >= end;
+    const Ahead next = done && grid.blocks == 1 ? Ahead{(lines - 1) / kStripRows * -kStripRows, places}
+                                                : Ahead{kStripRows, 0};
     std::memset(line[0], 0, (places + kPad) * sizeof(double));
     std::memset(line[1], 0, (places + kPad) * sizeof(double));
-    add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places,
-                clamp(kAhead / (places * sizeof(T)), 1, 8) * kTreeRows, line[0], line[1]);
+    add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places, next,
+                line[0], line[1]);
     fold_line(grid, first, last, tile, line[0], sums.first, sums.first_lo);
     fold_line(grid, first, last, tile, line[1], sums.second, sums.second_lo);
     n += lines * tile;
@@ -291,7 +297,7 @@ inline void sum_block(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, 
 template <class T>
 inline void moments_block(const Grid& grid, View<const T> x, const double* shift, ptrdiff_t group,
                           ptrdiff_t block, double* partial) {
-  sum_block<T>(grid, MomentTerms<T>{x, shift}, x.n_stride, group, block, partial);
+  sum_block<T>(grid, MomentTerms<T>{x, shift, nullptr}, x.n_stride, group, block, partial);
 }
 
 template <class T>
@@ -348,45 +354,88 @@ inline void centre(double first, double first_lo, double second, double second_l
   *mean = total;
 }
 
-/* Mean and m2 of a group's channels. The subtraction in `centre` loses sum d^2 / m2 in accuracy;
- * where that is more than the element type can bear, the sums are taken again about the mean
- * just found. */
+/* By what to multiply the deviations of a channel with these sums, lest their squares leave
+ * float64's range; a NaN is left to itself. */
+inline double unit_of_squares(double first, double second) {
+  if (second > 0x1p-900 && second < 0x1p900) return 1;
+  if (second >= 0x1p900 && first == first) return 0x1p-600;
+  return second <= 0x1p-900 && first != 0 ? 0x1p600 : 1;
+}
+
+/* Take a group's sums again where a unit is not 1: into unit, sums and shift. */
 template <class T>
-inline void finish_moments(const Grid& grid, View<const T> x, double* partial,
-                           const double* __restrict shift, ptrdiff_t group,
-                           double* __restrict mean, double* __restrict mean_lo,
-                           double* __restrict m2) {
-  constexpr double limit = sizeof(T) == sizeof(double) ? 4 : 1 << 20;
+inline void rescale(const Grid& grid, View<const T> x, double* partial, double* shift,
+                    ptrdiff_t group, double* unit) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const SumTable sums = SumTable::of(partial, 0, grid.channels);
+  bool ordinary = true;
+  for (ptrdiff_t c = first; c < last; ++c) {
+    unit[c] = unit_of_squares(sums.first[c], sums.second[c]);
+    ordinary &= unit[c] == 1;
+  }
+  if (ordinary) return;
+  for (ptrdiff_t c = first; c < last; ++c) shift[c] *= unit[c];
+  for (ptrdiff_t block = 0; block < grid.blocks; ++block)
+    sum_block<T>(grid, MomentTerms<T, true>{x, shift, unit}, x.n_stride, group, block, partial);
+  merge_blocks(grid, group, partial);
+}
+
+/* Moments of one channel from sums about its mean, near enough. */
+template <class T, bool Scaled>
+inline void centre_again(const Grid& grid, View<const T> x, ptrdiff_t c, double unit,
+                         double* mean, double* mean_lo, double* m2) {
+  Grid one = grid;
+  one.width = one.channels = one.groups = one.tile = 1;
+  const double near = *mean;
+  const MomentTerms<T, Scaled> terms = {{x.data + c * x.c_stride, x.n_stride, x.c_stride}, &near,
+                                        &unit};
+  double again[4] = {};
+  const SumTable total = {&again[0], &again[1], &again[2], &again[3]};
+  for (ptrdiff_t block = 0; block < grid.blocks; ++block) {
+    if (grid.columns) sum_columns<T>(one, terms, 0, 1, block, total);
+    else sum_rows<T>(one, terms, x.n_stride, 0, 1, block, total);
+  }
+  const double count = static_cast<double>(grid.outer * grid.inner);
+  centre(again[0], again[1], again[2], again[3], near, count, mean, mean_lo, m2);
+}
+
+/* Mean and m2 of a group's channels, m2 being that of x times unit. The subtraction in `centre`
+ * loses sum d^2 / m2 in accuracy; where that is more than the element type can bear, the sums are
+ * taken again about the mean just found. */
+template <class T>
+inline void finish_moments(const Grid& grid, View<const T> x, double* partial, double* shift,
+                           ptrdiff_t group, double* __restrict unit, double* __restrict mean,
+                           double* __restrict mean_lo, double* __restrict m2) {
+  constexpr bool is_double = sizeof(T) == sizeof(double);
+  constexpr double limit = is_double ? 4 : 1 << 20;
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const double count = static_cast<double>(grid.outer * grid.inner);
   const SumTable sums = merge_blocks(grid, group, partial);
+  if constexpr (is_double) rescale(grid, x, partial, shift, group, unit);
+  else for (ptrdiff_t c = first; c < last; ++c) unit[c] = 1;
   for (ptrdiff_t c = first; c < last; ++c)
     centre(sums.first[c], sums.first_lo[c], sums.second[c], sums.second_lo[c], shift[c], count,
            &mean[c], &mean_lo[c], &m2[c]);
-  Grid one = grid;
-  one.width = one.channels = one.groups = one.tile = 1;
-  for (ptrdiff_t c = first; c < last; ++c) {
-    if (!(sums.second[c] > limit * m2[c])) continue;
-    const View<const T> channel = {x.data + c * x.c_stride, x.n_stride, x.c_stride};
-    const double near = mean[c];
-    const MomentTerms<T> terms = {channel, &near};
-    double again[4] = {};
-    const SumTable total = {&again[0], &again[1], &again[2], &again[3]};
-    for (ptrdiff_t block = 0; block < grid.blocks; ++block) {
-      if (grid.columns) sum_columns<T>(one, terms, 0, 1, block, total);
-      else sum_rows<T>(one, terms, x.n_stride, 0, 1, block, total);
-    }
-    centre(again[0], again[1], again[2], again[3], near, count, &mean[c], &mean_lo[c], &m2[c]);
+  for (ptrdiff_t c = first; c < last; ++c)
+    if (sums.second[c] > limit * m2[c])
+      centre_again<T, is_double>(grid, x, c, unit[c], &mean[c], &mean_lo[c], &m2[c]);
+  for (ptrdiff_t c = first; is_double && c < last; ++c) {
+    mean[c] /= unit[c];
+    mean_lo[c] /= unit[c];
   }
 }
 
-/* var = m2 / n      inv_std = 1 / sqrt(var + eps) */
-inline void finish_inv_std(const Grid& grid, double eps, ptrdiff_t group, double* __restrict var,
+/* var = m2 / n      inv_std = 1 / sqrt(var + eps), where m2 is that of x times unit */
+inline void finish_inv_std(const Grid& grid, double eps, ptrdiff_t group,
+                           const double* __restrict unit, double* __restrict var,
                            double* __restrict inv_std) {
   const double count = static_cast<double>(grid.outer * grid.inner);
   for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) {
-    var[c] /= count;
-    inv_std[c] = 1 / std::sqrt(var[c] + eps);
+    const double scaled = var[c] / count, scaled_eps = eps * unit[c] * unit[c];
+    /* The product overflows only where the variance is nothing beside eps. */
+    inv_std[c] = scaled_eps <= DBL_MAX ? unit[c] / std::sqrt(scaled + scaled_eps)
+                                       : 1 / std::sqrt(eps);
+    var[c] = scaled / unit[c] / unit[c];
   }
 }
 
@@ -428,7 +477,7 @@ template <class T> struct PickPerPlace {
 
 /* Write lines of a group from position t on, at most `tiles` tiles of them; the number of tiles
  * written: several where they are alike in alignment. */
-constexpr int kLinesAtOnce = 4;
+constexpr int kLinesAtOnce = kVectorBytes == 64 ? 4 : 1;
 
 template <class T, class Writer>
 inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
@@ -439,9 +488,12 @@ inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
   T* const line = writer.out.at(t, c);
   const auto map = [&](ptrdiff_t i) { return writer.map(pick, t + i * step, c, 0); };
   if (tiles >= kLinesAtOnce && stride % Element<T>::kLanes == 0) {
-    write_rows<Writer::kStream>({map(0), map(1), map(2), map(3)},
-                                {line, line + stride, line + 2 * stride, line + 3 * stride},
-                                length, kLinesAtOnce * stride);
+    if constexpr (kLinesAtOnce == 4)
+      write_rows<Writer::kStream>({map(0), map(1), map(2), map(3)},
+                                  {line, line + stride, line + 2 * stride, line + 3 * stride},
+                                  length, kLinesAtOnce * stride);
+    else
+      write_rows<Writer::kStream>({map(0)}, {line}, length, stride);
     return kLinesAtOnce;
   }
   write_rows<Writer::kStream>({map(0)}, {line}, length, stride);
@@ -549,30 +601,35 @@ struct GradientParameters {
   double count;
 };
 
-/* The power of two that brings a channel's values into the middle of float32's range: 1 but
- * where the mean or the deviations are beyond 2^+-60. With it no subtraction overflows, no part
- * of the mean is lost below the smallest number, and scaling the data by a power of two leaves
- * the bits of y as they are. */
-template <class T> inline double unit_of(double mean, double inv_std) {
-  if (sizeof(typename Element<T>::Real) == sizeof(double)) return 1;
+/* Maps compute in Real. Channels whose mean or deviations are beyond 2^+-kOrdinary of it have a
+ * unit other than 1. */
+template <class Real> constexpr int kOrdinary = sizeof(Real) == sizeof(double) ? 400 : 60;
+
+/* The power of two that brings a channel's values into the middle of Real's range. With it no
+ * subtraction overflows, no part of the mean is lost below the smallest number, and scaling the
+ * data by a power of two leaves the bits of y as they are. */
+template <class Real> inline double unit_of(double mean, double inv_std) {
+  constexpr int most = kOrdinary<Real>;
+  const double large = std::ldexp(1.0, most), small = 1 / large;
   const double deviation = 1 / inv_std, offset = std::fabs(mean);
   double size = offset > deviation ? offset : deviation;
-  if (size >= 0x1p-60 && size < 0x1p60) {
+  if (size >= small && size < large) {
     /* With eps above the variance, a tiny mean may still be all there is. */
-    if (offset >= 0x1p-60 || offset == 0 || deviation > 0x1p20) return 1;
+    if (offset >= small || offset == 0 || deviation > 0x1p20) return 1;
     size = offset;
   }
   if (!(size > 0 && std::isfinite(size))) return 1;
   int exponent;
   std::frexp(size, &exponent);
-  return std::ldexp(1.0, (exponent > 0 ? 60 : -60) - exponent);
+  return std::ldexp(1.0, (exponent > 0 ? most : -most) - exponent);
 }
 
 /* Whether a channel's unit is 1, as told without a branch. */
-inline bool is_ordinary(double mean, double inv_std) {
+template <class Real> inline bool is_ordinary(double mean, double inv_std) {
+  constexpr double large = sizeof(Real) == sizeof(double) ? 0x1p400 : 0x1p60, small = 1 / large;
   const double offset = std::fabs(mean);
-  return (inv_std > 0x1p-60) & (inv_std < 0x1p60) & (offset < 0x1p60) &
-         ((offset >= 0x1p-60) | (offset == 0));
+  return (inv_std > small) & (inv_std < large) & (offset < large) &
+         ((offset >= small) | (offset == 0));
 }
 
 /* The coefficients all maps share, and each channel's unit; true where one is not 1. */
@@ -583,9 +640,9 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   const ptrdiff_t channels = last - first;
   const double *mean = p.mean + first, *inv_std = p.inv_std + first;
   bool scaled = false;
-  for (ptrdiff_t c = 0; c < channels; ++c) scaled |= !is_ordinary(mean[c], inv_std[c]);
+  for (ptrdiff_t c = 0; c < channels; ++c) scaled |= !is_ordinary<Real>(mean[c], inv_std[c]);
   for (ptrdiff_t c = 0; c < channels; ++c) unit[c] = 1;
-  for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<T>(mean[c], inv_std[c]);
+  for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<Real>(mean[c], inv_std[c]);
   Real hi[kMaxLine], lo[kMaxLine];
   for (ptrdiff_t c = 0; c < channels; ++c) {
     hi[c] = static_cast<Real>(mean[c] * unit[c]);
@@ -690,7 +747,7 @@ inline void normalize_and_sum_block(const Grid& grid, View<const T> x, View<cons
                                     bool stream, ptrdiff_t group, ptrdiff_t block,
                                     ptrdiff_t next, const double* shift, double* partial) {
   typedef WriteAndSum<T, MomentTerms<T>> Work;
-  normalize_work(Work{grid, group, block, next, {x, shift}, x.n_stride, partial}, x, residual, y,
+  normalize_work(Work{grid, group, block, next, {x, shift, nullptr}, x.n_stride, partial}, x, residual, y,
                  p, epilogue, stream);
 }
 

@@ -44,9 +44,11 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     double pilot[T](const Grid&, View[const T], ptrdiff_t channel)
     void moments_block[T](const Grid&, View[const T], const double* shift, ptrdiff_t group,
                           ptrdiff_t block, double* partial)
-    void finish_moments[T](const Grid&, View[const T], double* partial, const double* shift,
-                           ptrdiff_t group, double* mean, double* mean_lo, double* m2)
-    void finish_inv_std(const Grid&, double eps, ptrdiff_t group, double* var, double* inv_std)
+    void finish_moments[T](const Grid&, View[const T], double* partial, double* shift,
+                           ptrdiff_t group, double* unit, double* mean, double* mean_lo,
+                           double* m2)
+    void finish_inv_std(const Grid&, double eps, ptrdiff_t group, const double* unit, double* var,
+                        double* inv_std)
     void normalize_block[T](const Grid&, View[const T], View[const T] residual, View[T],
                             const NormalizeParameters&, Epilogue, bint stream, ptrdiff_t group,
                             ptrdiff_t block)

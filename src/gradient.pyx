@@ -13,7 +13,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, fresh_like, gradient_like, kind_of,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, fill_gradient, fresh_like, gradient_like, kind_of,
     plain_input, plain_like, plain_output, plain_parameter, plain_view, pointer, read_only,
     same_or_apart, shape_of, view_of, worth,
 )
@@ -324,9 +324,12 @@ def backward_plain(
         and same_or_apart(out, dy)
         and apart(out, gamma)
         and apart(out, beta)
+        and apart(out, stats)
     ):
         return None
     cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    # Whatever can fail comes before the kernel, which may write over x or dy.
+    result = dx, gradient_like(gamma), gradient_like(beta)
     cdef double* converted = <double*> PyMem_Malloc(3 * shape.channels * sizeof(double))
     if not converted:
         raise MemoryError("no memory for the sums of batch_norm_backward")
@@ -344,6 +347,8 @@ def backward_plain(
                 <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, dx,
                 sums, num_threads,
             )
-        return dx, gradient_like(gamma, sums + shape.channels), gradient_like(beta, sums)
+        fill_gradient(result[1], sums + shape.channels)
+        fill_gradient(result[2], sums)
+        return result
     finally:
         PyMem_Free(converted)

@@ -117,11 +117,19 @@ struct FixedGradient {
   }
 };
 
-/* Elements before the first aligned vector of a row, if the row is worth aligning. */
-template <class T> inline int head_of(const T* out, ptrdiff_t n) {
+constexpr int kCacheLine = 64; // bytes
+
+/* Vectors of T that fill a line of the cache. A line stored past the cache wants to be stored
+ * whole before another is begun: few of them can be open at a time. */
+template <class T>
+constexpr int kVectorsInLine = kCacheLine / (Element<T>::kLanes * static_cast<int>(sizeof(T)));
+
+/* Elements before the first aligned vector of a row: 0 where the row is shorter than a vector, and
+ * where it is not worth aligning, as streams must be and others need not. */
+template <bool Stream, class T> inline int head_of(const T* out, ptrdiff_t n) {
   constexpr int lanes = Element<T>::kLanes;
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T)));
-  return past && n >= 2 * lanes ? lanes - past / static_cast<int>(sizeof(T)) : 0;
+  return past && n >= (Stream ? 1 : 2) * lanes ? lanes - past / static_cast<int>(sizeof(T)) : 0;
 }
 
 /* Unroll vectors of each of the maps from i on, into aligned memory. Several rows at a time share
@@ -152,11 +160,15 @@ BNCORE_INLINE void write_part(const Map (&maps)[Rows], T* const (&out)[Rows], pt
     Element<T>::store_part(out[r] + i, maps[r].template at<false>(i, k), k);
 }
 
+template <class T> inline bool begins_line(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % kCacheLine == 0;
+}
+
 /* A part of a line of memory is stored after that line has come, and stores are made in order:
- * ask for the lines at both ends of a row beforehand. */
+ * ask for the lines at both ends of a row beforehand, but never for one that is stored whole. */
 template <class T> BNCORE_INLINE void prefetch_ends(const T* row, ptrdiff_t n) {
-  __builtin_prefetch(row, 1);
-  __builtin_prefetch(row + n, 1);
+  if (!begins_line(row)) __builtin_prefetch(row, 1);
+  if (!begins_line(row + n)) __builtin_prefetch(row + n, 1);
 }
 
 /* Write n elements of each map to its `out`, all of one alignment. Whole vectors are stored
@@ -165,12 +177,14 @@ template <class T> BNCORE_INLINE void prefetch_ends(const T* row, ptrdiff_t n) {
 template <bool Stream, int Rows, class T, class Map>
 inline void write_rows(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t n,
                        ptrdiff_t ahead) {
-  constexpr int lanes = Element<T>::kLanes, unroll = Rows == 1 ? 4 : 1;
+  constexpr int lanes = Element<T>::kLanes, unroll = Rows == 1 ? 4 : kVectorsInLine<T>;
   if (Stream)
     for (T* row : out) prefetch_ends(row + ahead, n);
-  const int head = head_of(out[0], n);
+  const int head = head_of<Stream>(out[0], n);
   ptrdiff_t i = head;
   if (head) write_part(maps, out, 0, head);
+  for (; unroll > 1 && !begins_line(out[0] + i) && i + lanes <= n; i += lanes)
+    write_vectors<Stream, Rows, 1>(maps, out, i);
   for (; i + unroll * lanes <= n; i += unroll * lanes)
     write_vectors<Stream, Rows, unroll>(maps, out, i);
   for (; unroll > 1 && i + lanes <= n; i += lanes) write_vectors<Stream, Rows, 1>(maps, out, i);
@@ -187,10 +201,12 @@ inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdif
   const Map maps[1] = {map};
   T* const outs[1] = {out};
   if (Stream) prefetch_ends(out + ahead_out, n);
-  const int head = head_of(out, n);
-  if (head) write_part(maps, outs, 0, head);
-  Accumulator local = *sums;
+  const int head = head_of<Stream>(out, n);
   ptrdiff_t i = head, j = 0;
+  if (head) write_part(maps, outs, 0, head);
+  for (; Stream && !begins_line(out + i) && i + lanes <= n; i += lanes)
+    write_vectors<Stream, 1, 1>(maps, outs, i);
+  Accumulator local = *sums;
   for (; i + unroll * lanes <= n; i += unroll * lanes) {
 #pragma GCC unroll 4
     for (int step = 0; step < unroll * lanes; step += kStep)

@@ -55,6 +55,7 @@ cdef void normalize_groups(
     bint stream,
     double* partial,                # (blocks, 4, C), scratch
     double* shift,                  # (C,), scratch
+    double* unit,                   # (C,), scratch
     View[element] y,                # (N, C, S)
     double* stats,                  # (4, C)
     Tickets* tickets,
@@ -66,9 +67,9 @@ cdef void normalize_groups(
         sum_group(grid, x, group, partial, shift)
     while group < grid.groups:
         finish_moments(
-            grid, x, partial, shift, group, stats, stats + channels, stats + 2 * channels
+            grid, x, partial, shift, group, unit, stats, stats + channels, stats + 2 * channels
         )
-        finish_inv_std(grid, eps, group, stats + 2 * channels, stats + 3 * channels)
+        finish_inv_std(grid, eps, group, unit, stats + 2 * channels, stats + 3 * channels)
         following = turns.take(tickets)
         if grid.pairs(group, following):
             for c in range(grid.first_channel(following), grid.last_channel(following)):
@@ -96,6 +97,7 @@ cdef void normalize_batch(
     double eps,
     double* partial,                # (blocks, 4, C), scratch
     double* shift,                  # (C,), scratch
+    double* unit,                   # (C,), scratch
     View[element] y,                # (N, C, S)
     double* stats,                  # (4, C): mean, mean_lo, var, inv_std
     int num_threads,
@@ -116,8 +118,8 @@ cdef void normalize_batch(
         tickets.set_batch(grid, sizeof(element), num_threads)
         with parallel(num_threads=num_threads):
             normalize_groups(
-                grid, x, residual, parameters, epilogue, eps, stream, partial, shift, y, stats,
-                &tickets,
+                grid, x, residual, parameters, epilogue, eps, stream, partial, shift, unit, y,
+                stats, &tickets,
             )
         return
     with parallel(num_threads=num_threads):
@@ -126,8 +128,8 @@ cdef void normalize_batch(
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             moments_block(grid, x, shift, cell // grid.blocks, cell % grid.blocks, partial)
         for group in prange(grid.groups, schedule="static"):
-            finish_moments(grid, x, partial, shift, group, mean, mean_lo, var)
-            finish_inv_std(grid, eps, group, var, inv_std)
+            finish_moments(grid, x, partial, shift, group, unit, mean, mean_lo, var)
+            finish_inv_std(grid, eps, group, unit, var, inv_std)
         for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
             normalize_block(
                 cells, x, residual, y, parameters, epilogue, stream,
@@ -163,13 +165,15 @@ cdef int batch_with_scratch(
     """`normalize_batch` with its scratch, whose size depends on the channels."""
     cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
     cdef size_t sums = 4 * grid.blocks * grid.channels
-    cdef double* scratch = <double*> PyMem_Malloc((sums + grid.channels) * sizeof(double))
+    cdef double* scratch = <double*> PyMem_Malloc(
+        (sums + 2 * grid.channels) * sizeof(double)
+    )
     if not scratch:
         raise MemoryError("no memory for the sums of batch_norm")
     with nogil:
         normalize_batch(
             grid, read_only(x), read_only(residual), gamma, beta, epilogue, eps, scratch,
-            scratch + sums, y, stats, num_threads,
+            scratch + sums, scratch + sums + grid.channels, y, stats, num_threads,
         )
     PyMem_Free(scratch)
     return 0

@@ -39,6 +39,15 @@ static int openmp_date(void) {
 #endif
 }
 
+/* CPUs in the process's affinity mask; 0 without OpenMP. */
+static int openmp_processors(void) {
+#ifdef _OPENMP
+  return omp_get_num_procs();
+#else
+  return 0;
+#endif
+}
+
 /* The most threads that OpenMP's own settings allow the calling thread's next team. */
 static int openmp_max_threads(void) {
 #ifdef _OPENMP

@@ -19,6 +19,7 @@ cdef extern from "runtime.h" nogil:
     int x86_64_level()
     int openmp_date()
     int openmp_max_threads()
+    int openmp_processors()
     const char* openmp_library()
     int guard_forks()
     int possible_threads(int wanted, size_t stack_size)
@@ -84,9 +85,9 @@ def effective_cpus():
     >>> 1 <= _runtime.effective_cpus() <= os.cpu_count()
     True
     """
-    if hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    else:
+    # OpenMP may have bound this thread to one place (OMP_PROC_BIND), but knows the mask before.
+    cdef int cpus = openmp_processors()
+    if not cpus:
         cpus = os.cpu_count() or 1
     quota = cgroup_quota()
     return cpus if quota is None else max(1, min(cpus, quota))

@@ -123,6 +123,23 @@ inline __m256i first_lanes(int k, int bytes) {
   const int32_t* start = ones_then_zeros + 8 - k * (bytes / 4);
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start));
 }
+
+/* Store the first k of 8 float32, by halves: masked stores take some processors dozens of steps. */
+inline void store_first(float* p, __m256 v, int k) {
+  if (k & 8) return _mm256_storeu_ps(p, v);
+  __m128 half = _mm256_castps256_ps128(v);
+  if (k & 4) {
+    _mm_storeu_ps(p, half);
+    half = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (k & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), half);
+    half = _mm_movehl_ps(half, half);
+    p += 2;
+  }
+  if (k & 1) _mm_store_ss(p, half);
+}
 #endif
 
 /* -------------------------------------------------------------------------------- elements */
@@ -160,7 +177,7 @@ template <> struct Element<float> {
 #if defined(__AVX512VL__)
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << k) - 1), (__m512)v);
 #elif defined(__AVX2__)
-    _mm256_maskstore_ps(p, first_lanes(k, 4), (__m256)v);
+    store_first(p, (__m256)v, k);
 #else
     for (int i = 0; i < k; ++i) p[i] = v[i];
 #endif
@@ -197,7 +214,7 @@ template <> struct Element<double> {
 #if defined(__AVX512VL__)
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << k) - 1), (__m512d)v);
 #elif defined(__AVX2__)
-    _mm256_maskstore_pd(p, first_lanes(k, 8), (__m256d)v);
+    store_first(reinterpret_cast<float*>(p), (__m256)v, 2 * k);
 #else
     for (int i = 0; i < k; ++i) p[i] = v[i];
 #endif
@@ -318,6 +335,7 @@ inline Wide load_wide_part(const T* p, int k) {
   return v;
 }
 
+/* keep_first: v in the first k lanes, 0 in the others. */
 #if defined(__AVX512VL__)
 template <>
 inline Wide load_wide_part<float>(const float* p, int k) {
@@ -327,9 +345,20 @@ template <>
 inline Wide load_wide_part<double>(const double* p, int k) {
   return Element<double>::load_part(p, k);
 }
-/* v in the first k lanes, 0 in the others. */
 inline Wide keep_first(Wide v, int k) {
   return (Wide)_mm512_maskz_mov_pd((__mmask8)((1u << k) - 1), (__m512d)v);
+}
+#elif defined(__AVX2__)
+template <>
+inline Wide load_wide_part<float>(const float* p, int k) {
+  return (Wide)_mm256_cvtps_pd(_mm_maskload_ps(p, _mm256_castsi256_si128(first_lanes(k, 4))));
+}
+template <>
+inline Wide load_wide_part<double>(const double* p, int k) {
+  return Element<double>::load_part(p, k);
+}
+inline Wide keep_first(Wide v, int k) {
+  return (Wide)_mm256_and_pd((__m256d)v, _mm256_castsi256_pd(first_lanes(k, 8)));
 }
 #else
 inline Wide keep_first(Wide v, int k) {

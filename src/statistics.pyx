@@ -29,6 +29,7 @@ cdef void compute_moments(
     View[const element] x,      # (N, C, S)
     double* partial,            # (blocks, 4, C), scratch
     double* shift,              # (C,), scratch
+    double* unit,               # (C,), scratch
     double* mean,               # (C,)
     double* mean_lo,            # (C,)
     double* m2,                 # (C,)
@@ -42,7 +43,9 @@ cdef void compute_moments(
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             moments_block(grid, x, shift, cell // grid.blocks, cell % grid.blocks, partial)
         for group in prange(grid.groups, schedule="static"):
-            finish_moments(grid, x, partial, shift, group, mean, mean_lo, m2)
+            finish_moments(grid, x, partial, shift, group, unit, mean, mean_lo, m2)
+            for c in range(grid.first_channel(group), grid.last_channel(group)):
+                m2[c] = m2[c] / unit[c] / unit[c]
 
 
 cdef int moments_as(element* like, cnp.ndarray x, double[:, ::1] stats, int num_threads) except -1:
@@ -51,13 +54,15 @@ cdef int moments_as(element* like, cnp.ndarray x, double[:, ::1] stats, int num_
         cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2), sizeof(element)
     )
     cdef size_t sums = 4 * grid.blocks * grid.channels
-    cdef double* scratch = <double*> PyMem_Malloc((sums + grid.channels) * sizeof(double))
+    cdef double* scratch = <double*> PyMem_Malloc(
+        (sums + 2 * grid.channels) * sizeof(double)
+    )
     if not scratch:
         raise MemoryError("no memory for the sums of moments")
     with nogil:
         compute_moments(
-            grid, read_only(view), scratch, scratch + sums, &stats[0, 0],
-            &stats[1, 0], &stats[2, 0], num_threads,
+            grid, read_only(view), scratch, scratch + sums, scratch + sums + grid.channels,
+            &stats[0, 0], &stats[1, 0], &stats[2, 0], num_threads,
         )
     PyMem_Free(scratch)
     return 0

@@ -38,23 +38,28 @@ struct Accumulator {
   }
 };
 
-/* What a row adds to the sums: term pairs of the elements at i. */
-template <class T> struct Deviations {
+/* What a row adds to the sums: term pairs of the elements at i. Scaled: x is first multiplied by a
+ * power of two, and shift is that of the products. */
+template <class T, bool Scaled = false> struct Deviations {
   const T* x;
-  double shift;
+  double shift, unit;
 
+  Wide centred(Wide v) const { return Scaled ? v * unit - shift : v - shift; }
   void prefetch(ptrdiff_t i, ptrdiff_t ahead) const { __builtin_prefetch(x + i + ahead); }
   void full(ptrdiff_t i, Wide* first, Wide* second) const {
-    Wide d = Element<T>::load_wide(x + i) - shift;
+    Wide d = centred(Element<T>::load_wide(x + i));
     *first += d;
     *second = fma(d, d, *second);
   }
   void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
-    Wide d = keep_first(load_wide_part(x + i, k) - shift, k);
+    Wide d = keep_first(centred(load_wide_part(x + i, k)), k);
     *first += d;
     *second = fma(d, d, *second);
   }
 };
+
+/* Whether the rounding error of a float64 mean matters beside that of the data. */
+template <class T> constexpr bool kNeedsLow = sizeof(T) == sizeof(double);
 
 template <class T> struct GradientTerms {
   const T* dy;
@@ -65,15 +70,16 @@ template <class T> struct GradientTerms {
     __builtin_prefetch(x + i + ahead);
     __builtin_prefetch(dy + i + ahead);
   }
+  Wide centred(Wide v) const { return kNeedsLow<T> ? (v - mean) - mean_lo : v - mean; }
   void full(ptrdiff_t i, Wide* first, Wide* second) const {
     Wide g = Element<T>::load_wide(dy + i);
     *first += g;
-    *second = fma(g, (Element<T>::load_wide(x + i) - mean) - mean_lo, *second);
+    *second = fma(g, centred(Element<T>::load_wide(x + i)), *second);
   }
   void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
     Wide g = load_wide_part(dy + i, k);
     *first += g;
-    *second = fma(g, keep_first((load_wide_part(x + i, k) - mean) - mean_lo, k), *second);
+    *second = fma(g, keep_first(centred(load_wide_part(x + i, k)), k), *second);
   }
 };
 
@@ -122,15 +128,17 @@ struct Product {
 
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
-template <class T> struct ColumnDeviations {
+template <class T, bool Scaled = false> struct ColumnDeviations {
   const T* x;
   ptrdiff_t x_stride;
-  const double* shift;
+  const double *shift, *unit;
 
   void prefetch(ptrdiff_t row, ptrdiff_t c) const { __builtin_prefetch(x + row * x_stride + c); }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
-    Wide d = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(shift + c);
+    Wide v = load_wide<Whole>(x + row * x_stride + c, k);
+    if (Scaled) v *= load_unaligned<Wide>(unit + c);
+    const Wide d = v - load_unaligned<Wide>(shift + c);
     return {d, d};
   }
 };
@@ -150,72 +158,69 @@ template <class T> struct ColumnGradientTerms {
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide d = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(mean + c);
-    return {load_wide<Whole>(dy + row * dy_stride + c, k), d - load_unaligned<Wide>(mean_lo + c)};
+    if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
+    return {load_wide<Whole>(dy + row * dy_stride + c, k), d};
   }
 };
 
-/* Rows summed as a tree before an accumulator in memory is touched. */
-constexpr int kTreeRows = 8;
+/* Rows that are summed in registers before the accumulators in memory are touched, and vectors of
+ * a row that are taken together: a cache line or two, so that each is fetched once, whatever the
+ * distance from row to row. */
+constexpr ptrdiff_t kStripRows = 16;
+constexpr int kStripVectors = 4;
 
-template <int Rows, bool Whole, class Terms>
-BNCORE_INLINE void tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, Wide* first,
-                        Wide* second) {
-  if constexpr (Rows == 2) {
-    const Product a = terms.template at<Whole>(row, c, k);
-    const Product b = terms.template at<Whole>(row + 1, c, k);
-    *first = a.first + b.first;
-    *second = fma(b.first, b.factor, a.first * a.factor);
-  } else {
-    Wide more_first, more_second;
-    tree<Rows / 2, Whole>(terms, row, c, k, first, second);
-    tree<Rows / 2, Whole>(terms, row + Rows / 2, c, k, &more_first, &more_second);
-    *first += more_first;
-    *second += more_second;
+/* Where the memory is that is read next. */
+struct Ahead {
+  ptrdiff_t rows, places;
+};
+
+/* Add a strip, Vectors vectors wide from place c on, of rows [row, row + rows). */
+template <int Vectors, bool Whole, class Terms>
+BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t c, int k,
+                             Ahead ahead, double* first, double* second) {
+  Wide one[Vectors] = {}, two[Vectors] = {};
+  for (ptrdiff_t r = row; r < row + rows; ++r) {
+    if (Vectors == kStripVectors) terms.prefetch(r + ahead.rows, c + ahead.places);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const Product p = terms.template at<Whole>(r, c + v * kWide, k);
+      one[v] += p.first;
+      two[v] = fma(p.first, p.factor, two[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) {
+    double *to_first = first + c + v * kWide, *to_second = second + c + v * kWide;
+    store_unaligned(to_first, load_unaligned<Wide>(to_first) + one[v]);
+    store_unaligned(to_second, load_unaligned<Wide>(to_second) + two[v]);
   }
 }
 
-template <int Rows, bool Whole, class Terms>
-BNCORE_INLINE void add_tree(const Terms& terms, ptrdiff_t row, ptrdiff_t c, int k, double* first,
-                            double* second) {
-  Wide one = load_unaligned<Wide>(first + c), two = load_unaligned<Wide>(second + c);
-  if constexpr (Rows == 1) {
-    const Product a = terms.template at<Whole>(row, c, k);
-    one += a.first;
-    two = fma(a.first, a.factor, two);
-  } else {
-    Wide a, b;
-    tree<Rows, Whole>(terms, row, c, k, &a, &b);
-    one += a;
-    two += b;
-  }
-  store_unaligned(first + c, one);
-  store_unaligned(second + c, two);
-}
-
-template <int Rows, class Terms>
-inline void add_rows(const Terms& terms, ptrdiff_t row, ptrdiff_t channels, ptrdiff_t ahead,
-                     double* first, double* second) {
-  ptrdiff_t c = 0;
-  for (; c + 2 * kWide <= channels; c += 2 * kWide) {
-    if (ahead)
-      for (int r = 0; r < Rows; ++r) terms.prefetch(row + r + ahead, c);
-    add_tree<Rows, true>(terms, row, c, kWide, first, second);
-    add_tree<Rows, true>(terms, row, c + kWide, kWide, first, second);
-  }
-  for (; c + kWide <= channels; c += kWide)
-    add_tree<Rows, true>(terms, row, c, kWide, first, second);
-  if (c < channels)
-    add_tree<Rows, false>(terms, row, c, static_cast<int>(channels - c), first, second);
-}
-
-/* Add `rows` rows of `channels` channels to first[c] and second[c]; fetch those `ahead` rows on. */
+/* Add up to kStripRows rows of `places` places to first[c] and second[c]. The terms are taken by
+ * value: no store can be thought to change them. */
 template <class Terms>
-inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t channels, ptrdiff_t ahead,
+inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t places,
+                       Ahead ahead, double* first, double* second) {
+  constexpr ptrdiff_t wide = kStripVectors * kWide;
+  ptrdiff_t c = 0;
+  for (; c + wide <= places; c += wide)
+    add_strip<kStripVectors, true>(terms, row, rows, c, kWide, ahead, first, second);
+  for (; c + kWide <= places; c += kWide)
+    add_strip<1, true>(terms, row, rows, c, kWide, ahead, first, second);
+  if (c < places)
+    add_strip<1, false>(terms, row, rows, c, static_cast<int>(places - c), ahead, first, second);
+}
+
+/* Add `rows` rows of `places` places to first[c] and second[c]; what is read after them lies at
+ * `next`, seen from the first of the last kStripRows rows. */
+template <class Terms>
+inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, Ahead next,
                         double* first, double* second) {
-  ptrdiff_t row = 0;
-  for (; row + kTreeRows <= rows; row += kTreeRows)
-    add_rows<kTreeRows>(terms, row, channels, ahead, first, second);
-  for (; row < rows; ++row) add_rows<1>(terms, row, channels, 0, first, second);
+  for (ptrdiff_t row = 0; row < rows; row += kStripRows) {
+    const bool last = row + kStripRows >= rows;
+    add_strips(terms, row, last ? rows - row : kStripRows, places,
+               last ? next : Ahead{kStripRows, 0}, first, second);
+  }
 }
 
 } // namespace bncore
