@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from bncore import cli
-from bncore.bench import goals, markdown, outcome, plot, report, runner, summary, workloads
+from bncore.bench import (
+    disturbance,
+    goals,
+    markdown,
+    outcome,
+    plot,
+    report,
+    runner,
+    summary,
+    workloads,
+)
 from bncore.bench.peers import EPS, NAMES, channels_second, data
 from bncore.bench.workloads import Case
 
@@ -21,7 +31,7 @@ pytest.importorskip("rich", reason="needs bncore[bench]")
 SHAPE = (3, 4, 5, 2)
 MACHINE = {
     "cpu": "a CPU", "cpus": 2, "own_cache": 1 << 19, "last_cache": 1 << 25, "busy_before": 0.0,
-    "system": "a system", "python": "3",
+    "busy": 0, "system": "a system", "python": "3",
 }  # fmt: skip
 
 
@@ -265,6 +275,21 @@ def test_the_command_measures_reports_and_writes(tmp_path, capsys):
     assert all(path.stat().st_size > 100 for path in paths.values())
     assert cli.main(["bench", "--load", str(paths["json"])]) == 0
     assert "3x4x5x2" in capsys.readouterr().out
+
+
+def test_other_processes_are_kept_busy_until_the_end(monkeypatch):
+    started = []
+
+    class Started(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    with pytest.raises(ZeroDivisionError), disturbance.busy(2):
+        assert [process.poll() for process in started] == [None, None]
+        raise ZeroDivisionError
+    assert all(process.returncode is not None for process in started)
 
 
 @pytest.mark.parametrize("arguments", [["--shape", "7"], ["--peers", "keras"], ["--rounds", "0"]])
