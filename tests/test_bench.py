@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from bncore import cli
-from bncore.bench import goals, markdown, outcome, plot, report, runner, summary, workloads
+from bncore.bench import (
+    disturbance,
+    goals,
+    markdown,
+    outcome,
+    plot,
+    report,
+    runner,
+    summary,
+    workloads,
+)
 from bncore.bench.peers import EPS, NAMES, channels_second, data
 from bncore.bench.workloads import Case
 
@@ -21,7 +31,7 @@ pytest.importorskip("rich", reason="needs bncore[bench]")
 SHAPE = (3, 4, 5, 2)
 MACHINE = {
     "cpu": "a CPU", "cpus": 2, "own_cache": 1 << 19, "last_cache": 1 << 25, "busy_before": 0.0,
-    "system": "a system", "python": "3",
+    "busy": 0, "system": "a system", "python": "3",
 }  # fmt: skip
 
 
@@ -215,8 +225,7 @@ def test_a_peer_that_dies_is_missing_with_its_last_words(monkeypatch):
 def test_the_report_has_a_row_for_every_case(measured, capsys):
     report.show(measured)
     shown = capsys.readouterr().out
-    rows = [line for line in shown.splitlines() if line.startswith("│ ") and " us " in line]
-    assert len([line for line in rows if "NumPy" not in line]) >= len(measured.results)
+    assert report.rows(measured.results, measured, "all").row_count == len(measured.results)
     assert shown.count("into a fresh array") == shown.count("into a given array") - 1 == 2
     assert "3x4x5x2" in shown
 
@@ -268,6 +277,21 @@ def test_the_command_measures_reports_and_writes(tmp_path, capsys):
     assert "3x4x5x2" in capsys.readouterr().out
 
 
+def test_other_processes_are_kept_busy_until_the_end(monkeypatch):
+    started = []
+
+    class Started(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    with pytest.raises(ZeroDivisionError), disturbance.busy(2):
+        assert [process.poll() for process in started] == [None, None]
+        raise ZeroDivisionError
+    assert all(process.returncode is not None for process in started)
+
+
 @pytest.mark.parametrize("arguments", [["--shape", "7"], ["--peers", "keras"], ["--rounds", "0"]])
 def test_wrong_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
@@ -308,7 +332,7 @@ def of(goal, results):
 
 
 def test_the_limit_is_scaled_where_data_are_read_twice():
-    shape = (16, 64, 64, 64)  # 16.8 MB, 262 KB a channel
+    shape = (20, 64, 64, 64)  # 21 MB, 328 KB a channel
     rows = [row({"limit": 0.95}, shape), row({"limit": 0.62}, shape, layout="channels_last")]
     once, twice = of("larger than the cache, read once", rows), of("larger than", rows[1:])
     assert (once.reached, once.holds) == (0.95, True)

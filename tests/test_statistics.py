@@ -83,7 +83,9 @@ def test_one_value_per_channel_gives_beta_exactly(backend, dtype, layout):
     np.testing.assert_array_equal(g.dbeta, x.ravel())
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (2, 0, 3), (0,), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (0, 3, 4), (2, 3, 0), (2, 0, 3), (0,), (0, 0, 0)], ids=str
+)
 def test_nothing_to_normalize(backend, shape):
     axis = min(1, len(shape) - 1)
     x = np.empty(shape, np.float32)

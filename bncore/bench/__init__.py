@@ -7,6 +7,7 @@ machine disturbs all of them. Ratios are medians over the rounds of what was mea
     worker      one library's process, and the protocol it speaks
     peers       one module per library: how its documentation says to call it
     runner      turns and rounds
+    disturbance other processes at work meanwhile
     outcome     what came out, and its JSON file
     summary     the lead on each peer, and the rows without one
     goals       what the rows should reach, and whether they do

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bncore.bench import markdown, plot, report, runner, workloads
 from bncore.bench import outcome as outcomes
+from bncore.bench.disturbance import busy
 from bncore.bench.extras import require
 from bncore.bench.outcome import TITLES, Outcome
 from bncore.bench.peers import NAMES
@@ -54,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--turn", type=float, help="about this many seconds a turn: 0.02, with --quick 0.01"
     )
+    how.add_argument(
+        "--busy", type=_positive, default=0, metavar="N",
+        help="measure while so many other processes keep CPUs busy",
+    )  # fmt: skip
     results = parser.add_argument_group("results")
     results.add_argument("--json", type=Path, help="write the results to this file")
     results.add_argument("--markdown", type=Path, help="write a short table to this file")
@@ -94,7 +99,7 @@ def _measure(args: argparse.Namespace) -> Outcome:
     """What is asked for; where the user interrupts it, what there is until then."""
     tqdm = require("tqdm").tqdm
     cases = _cases(args)
-    outcome = Outcome.here()
+    outcome = Outcome.here(busy=args.busy)
     events = runner.run(
         cases,
         ["bncore", *_peers(args)],
@@ -102,7 +107,7 @@ def _measure(args: argparse.Namespace) -> Outcome:
         seconds=args.turn or (0.01 if args.quick else 0.02),
     )
     with tqdm(total=len(cases), unit="case", leave=False) as progress:
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), busy(args.busy):
             for event in events:
                 _take(event, outcome, progress)
         events.close()

@@ -32,8 +32,8 @@ class Outcome:
     results: list[Result] = field(default_factory=list)
 
     @classmethod
-    def here(cls) -> Outcome:
-        """An empty one, of this machine."""
+    def here(cls, busy: int = 0) -> Outcome:
+        """An empty one, of this machine, on which so many other processes are kept busy."""
         psutil = require("psutil")
         return cls(
             machine={
@@ -42,6 +42,7 @@ class Outcome:
                 "own_cache": _cache(2) or DEFAULT_CACHE["own_cache"],
                 "last_cache": _cache(3) or _cache(2) or DEFAULT_CACHE["last_cache"],
                 "busy_before": psutil.cpu_percent(0.5) / 100,
+                "busy": busy,
                 "system": platform.platform(),
                 "python": platform.python_version(),
             }

@@ -135,6 +135,8 @@ def legend(outcome: Outcome) -> str:
         "of limit, in brackets: of what is left of it where data must be read twice. By peer: its "
         "time by bncore's, more than 1 where bncore is faster.",
     ]
+    if machine["busy"]:
+        lines.append(f"{machine['busy']} other processes were kept busy meanwhile.")
     if machine["busy_before"] > 0.1:
         busy = machine["busy_before"]
         lines.append(f"[red]Other programs kept {busy:.0%} of the CPUs busy at the start.[/red]")

@@ -1,0 +1,120 @@
+"""Residual and activation in the same pass: values and gradients."""
+
+import numpy as np
+import pytest
+
+import bncore
+
+from . import oracle, torch_oracle
+from .arrays import bits, in_layout, normal
+from .oracle import assert_within, rounding
+
+ACTIVATIONS = [None, "relu", ("leaky_relu", 0.1), ("leaky_relu", -0.5), ("clip", -0.3, 0.9)]
+SHAPES = [
+    ((9, 5), 1),
+    ((4, 6, 7), 1),
+    ((20, 9, 7, 7), 1),
+    ((3, 4, 5, 6), -1),
+    ((2, 3, 4, 5), (0, 2)),
+]
+LAYOUTS = ("C", "channels_last", "sliced", "unaligned")
+
+pytestmark = [
+    pytest.mark.parametrize("activation", ACTIVATIONS, ids=str),
+    pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"]),
+]
+
+
+def arguments(shape, axis, dtype, has_residual, layout="C"):
+    """x, dy, gamma, beta, and the residual or None."""
+    channels = [shape[one] for one in oracle.channel_axes(axis, len(shape))]
+    x, dy, residual = (in_layout(normal(seed, shape, dtype), layout, axis) for seed in (1, 2, 3))
+    gamma, beta = normal(4, channels, dtype), normal(5, channels, dtype)
+    return x, dy, gamma, beta, residual if has_residual else None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_training_is_torchs(backend, shape, axis, layout, activation, has_residual):
+    x, dy, gamma, beta, residual = arguments(shape, axis, np.float64, has_residual, layout)
+    keywords = {"axis": axis, "activation": activation, "residual": residual}
+    expected = torch_oracle.batch_norm(x, dy, gamma, beta, **keywords)
+    y, saved = bncore.batch_norm(x, gamma, beta, **keywords)
+    g = bncore.batch_norm_backward(dy, saved)
+    np.testing.assert_allclose(y, expected.y, rtol=1e-10, atol=1e-12)
+    for name in ("dx", "dgamma", "dbeta") + ("dresidual",) * has_residual:
+        actual, right = getattr(g, name), getattr(expected, name)
+        np.testing.assert_allclose(actual, right, rtol=1e-10, atol=1e-12, err_msg=name)
+    assert (g.dresidual is not None) == has_residual
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_inference_is_torchs(backend, shape, axis, layout, activation, has_residual):
+    x, dy, gamma, beta, residual = arguments(shape, axis, np.float64, has_residual, layout)
+    mean, var = beta + 0.5, gamma**2 + 0.1
+    keywords = {"axis": axis, "activation": activation}
+    expected = torch_oracle.batch_norm(
+        x, dy, gamma, beta, mean=mean, var=var, residual=residual, **keywords
+    )
+    fixed = mean, var, gamma, beta
+    y = bncore.batch_norm_inference(x, *fixed, residual=residual, **keywords)
+    np.testing.assert_allclose(y, expected.y, rtol=1e-10, atol=1e-12)
+    if not has_residual:
+        g = bncore.batch_norm_inference_backward(dy, x, *fixed, **keywords)
+        for name in ("dx", "dgamma", "dbeta"):
+            np.testing.assert_allclose(getattr(g, name), getattr(expected, name), rtol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(40, 9), (20, 9, 7, 7), (2, 3, 40, 40), (1, 129, 60, 80)], ids=str
+)
+def test_float32_is_exact_but_for_rounding(backend, shape, layout, activation, has_residual):
+    x, dy, gamma, beta, residual = arguments(shape, 1, np.float32, has_residual, layout)
+    keywords = {"activation": activation, "residual": residual}
+    wide = {"dtype": np.float64} if x.size > 100_000 else {}
+    exact = oracle.forward(x, gamma, beta, **keywords, **wide)
+    gradient = oracle.backward(dy, x, gamma, beta, **keywords, **wide)
+    y, saved = bncore.batch_norm(x, gamma, beta, **keywords)
+    g = bncore.batch_norm_backward(dy, saved)
+    assert y.dtype == g.dx.dtype == np.float32
+    assert_within(y, exact.y, rounding(exact.scale, np.float32), "y")
+    assert_within(g.dx, gradient.dx, rounding(gradient.dx_scale, np.float32), "dx")
+    if has_residual:
+        assert g.dresidual.dtype == np.float32
+        np.testing.assert_allclose(g.dresidual, gradient.dresidual.astype(float), rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last", "sliced"])
+def test_in_place_gives_the_same_bits(backend, layout, activation, has_residual):
+    x, dy, gamma, beta, residual = arguments((4, 6, 7), 1, np.float32, has_residual, layout)
+    keywords = {"activation": activation, "residual": residual}
+    y, saved = bncore.batch_norm(x, gamma, beta, **keywords)
+    g = bncore.batch_norm_backward(dy, saved)
+    over_dy = bncore.batch_norm_backward(dy, saved, out=dy)
+    assert over_dy.dx is dy and bits(*over_dy) == bits(*g)
+    fixed = bncore.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, **keywords)
+    for out in (x,) + (residual,) * has_residual:
+        kept = out.copy()
+        assert bncore.batch_norm(x, gamma, beta, **keywords, out=out)[0] is out
+        assert bits(out) == bits(y)
+        out[...] = kept
+        bncore.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, **keywords, out=out)
+        assert bits(out) == bits(fixed)
+        out[...] = kept
+
+
+def test_nan_is_not_hidden(backend, activation, has_residual):
+    x, _, gamma, beta, residual = arguments((6, 4, 3), 1, np.float32, has_residual)
+    x[2, 1, 0] = np.nan
+    y, _ = bncore.batch_norm(x, gamma, beta, activation=activation, residual=residual)
+    assert np.isnan(y[:, 1]).all() and np.isfinite(y[:, [0, 2, 3]]).all()
+
+
+def test_an_empty_batch(backend, activation, has_residual):
+    x, dy, gamma, beta, residual = arguments((0, 4, 3), 1, np.float32, has_residual)
+    y, saved = bncore.batch_norm(x, gamma, beta, activation=activation, residual=residual)
+    g = bncore.batch_norm_backward(dy, saved)
+    assert y.shape == g.dx.shape == x.shape
+    assert (g.dgamma == 0).all() and (g.dbeta == 0).all()

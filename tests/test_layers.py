@@ -1,0 +1,281 @@
+"""The layers: running statistics, modes, state, and PyTorch's conventions."""
+
+import numpy as np
+import pytest
+
+import bncore
+
+from .arrays import bits, normal
+from .torch_oracle import import_torch
+
+KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+def state_bits(layer):
+    """Everything a call could change, bit by bit."""
+    arrays = [np.asarray(value) for value in layer.state_dict().values()]
+    return bits(*arrays), layer.training, bits(layer.grad_gamma, layer.grad_beta)
+
+
+def batch(seed, dtype=np.float64):
+    """Batches whose size, mean and spread change with the seed."""
+    rng = np.random.default_rng(seed)
+    shape = (int(rng.integers(2, 9)), 5, int(rng.integers(1, 6)))
+    return (rng.standard_normal(shape) * (1 + seed) + seed).astype(dtype)
+
+
+class TestRunningStatistics:
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    @pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])
+    def test_fifty_steps_are_torchs(self, backend, momentum, dtype):
+        torch = import_torch()
+        layer = bncore.BatchNorm1d(5, momentum=momentum, dtype=dtype)
+        peer = torch.nn.BatchNorm1d(5, momentum=momentum, dtype=torch.float64)
+        tolerance = {"float32": 2e-6, "float64": 1e-12}[dtype]
+        for step in range(50):
+            layer(batch(step))
+            peer(torch.tensor(batch(step)))
+            for ours, theirs in (
+                (layer.running_mean, peer.running_mean),
+                (layer.running_var, peer.running_var),
+            ):
+                np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+            assert layer.num_batches_tracked == int(peer.num_batches_tracked) == step + 1
+        np.testing.assert_allclose(
+            layer.eval()(batch(99)), peer.eval()(torch.tensor(batch(99))).detach(), rtol=1e-4
+        )
+
+    def test_two_values_give_the_unbiased_variance(self, backend):
+        layer = bncore.BatchNorm(1, momentum=1.0, dtype=np.float64)
+        layer(np.array([[1.0], [3.0]]))
+        assert layer.running_mean == 2.0 and layer.running_var == 2.0
+
+    def test_the_newest_batch_has_the_weight_momentum(self, backend):
+        layer = bncore.BatchNorm(1, momentum=0.25, dtype=np.float64)
+        layer(np.array([[8.0], [8.0]]))
+        assert layer.running_mean == 2.0 and layer.running_var == 0.75
+
+    def test_evaluation_moves_nothing(self, backend):
+        layer = bncore.BatchNorm(5).eval()
+        before = state_bits(layer)
+        layer(batch(1))
+        layer.backward(batch(1))
+        assert state_bits(layer)[:2] == before[:2]
+
+    def test_an_empty_batch_moves_nothing(self, backend):
+        layer = bncore.BatchNorm(5)
+        layer(batch(1))
+        before = state_bits(layer)
+        y = layer(np.empty((0, 5, 3), np.float32))
+        assert y.shape == (0, 5, 3) and state_bits(layer) == before
+        assert layer.backward(y).shape == (0, 5, 3)
+
+    def test_reset(self, backend):
+        layer = bncore.BatchNorm(5)
+        fresh = state_bits(layer)
+        layer(batch(1))
+        assert state_bits(layer) != fresh
+        layer.reset_running_stats()
+        assert state_bits(layer) == fresh
+
+    def test_float16_running_statistics(self, backend):
+        layer = bncore.BatchNorm(5, dtype=np.float16, momentum=1.0)
+        x = batch(2)
+        layer(x)
+        assert layer.running_mean.dtype == np.float16
+        expected = x.mean((0, 2)).astype(np.float16)
+        np.testing.assert_array_equal(layer.running_mean, expected)
+
+    def test_arrays_stay_the_same_objects(self, backend):
+        """An optimizer may hold on to gamma, and whoever watches to the statistics."""
+        layer = bncore.BatchNorm(5)
+        held = layer.gamma, layer.beta, layer.running_mean, layer.running_var
+        layer(batch(1))
+        layer.load_state_dict(layer.state_dict())
+        layer.reset_running_stats()
+        now = layer.gamma, layer.beta, layer.running_mean, layer.running_var
+        assert all(a is b for a, b in zip(held, now, strict=True))
+
+
+class TestModes:
+    def test_training_normalizes_by_the_batch(self, backend):
+        layer = bncore.BatchNorm(5)
+        layer.gamma[...], layer.beta[...] = normal(1, 5), normal(2, 5)
+        y, _ = bncore.batch_norm(batch(3), layer.gamma, layer.beta)
+        assert layer.training and bits(layer(batch(3))) == bits(y)
+
+    def test_evaluation_normalizes_by_the_running_statistics(self, backend):
+        layer = bncore.BatchNorm(5)
+        layer(batch(3))
+        fixed = layer.running_mean, layer.running_var, layer.gamma, layer.beta
+        expected = bncore.batch_norm_inference(batch(4), *fixed)
+        assert bits(layer.eval()(batch(4))) == bits(expected)
+
+    def test_train_and_eval_return_the_layer(self):
+        layer = bncore.BatchNorm(5)
+        assert layer.eval() is layer and not layer.training
+        assert layer.train() is layer and layer.training
+        assert layer.train(False) is layer and not layer.training
+
+    def test_without_running_statistics_evaluation_uses_the_batchs(self, backend):
+        layer = bncore.BatchNorm(5, track_running_stats=False)
+        trained = layer(batch(1))
+        assert bits(layer.eval()(batch(1))) == bits(trained)
+        assert layer.running_mean is layer.running_var is layer.num_batches_tracked is None
+        assert list(layer.state_dict()) == ["weight", "bias"]
+
+    def test_without_affine(self, backend):
+        layer = bncore.BatchNorm(5, affine=False)
+        y, _ = bncore.batch_norm(batch(1))
+        assert bits(layer(batch(1))) == bits(y)
+        layer.backward(batch(1))
+        assert layer.gamma is layer.beta is layer.grad_gamma is layer.grad_beta is None
+        assert list(layer.state_dict()) == KEYS[2:]
+
+    @pytest.mark.parametrize("activation", ["relu", ("leaky_relu", 0.1), ("clip", 0, 6)], ids=str)
+    def test_activation_in_both_modes(self, backend, activation):
+        layer = bncore.BatchNorm(5, activation=activation)
+        y, saved = bncore.batch_norm(batch(1), layer.gamma, layer.beta, activation=activation)
+        assert bits(layer(batch(1))) == bits(y)
+        dx = bncore.batch_norm_backward(batch(1), saved).dx
+        assert bits(layer.backward(batch(1))) == bits(dx)
+        fixed = layer.running_mean, layer.running_var, layer.gamma, layer.beta
+        y = bncore.batch_norm_inference(batch(2), *fixed, activation=activation)
+        assert bits(layer.eval()(batch(2))) == bits(y)
+        g = bncore.batch_norm_inference_backward(batch(2), batch(2), *fixed, activation=activation)
+        assert bits(layer.backward(batch(2)), layer.grad_gamma) == bits(g.dx, g.dgamma)
+
+    def test_backward_belongs_to_the_call_before_whatever_happens_between(self, backend):
+        layer = bncore.BatchNorm(5).eval()
+        layer(batch(1))
+        expected = layer.backward(batch(1))
+        layer(batch(1))
+        layer.running_mean += 1
+        layer.running_var *= 3
+        layer.train()
+        assert bits(layer.backward(batch(1))) == bits(expected)
+
+    def test_gradients_are_replaced_not_added(self, backend):
+        layer = bncore.BatchNorm(5)
+        layer(batch(1))
+        layer.backward(batch(1))
+        first = layer.grad_gamma.copy()
+        layer.backward(batch(1))
+        np.testing.assert_array_equal(layer.grad_gamma, first)
+
+    def test_in_place(self, backend):
+        layer, x = bncore.BatchNorm(5), batch(1)
+        expected = layer(x)
+        for mode in (layer.train, layer.eval):
+            mode()
+            expected, y = layer(batch(1)), batch(1)
+            assert layer(y, out=y) is y and bits(y) == bits(expected)
+            with pytest.raises(ValueError, match=r"overwrote it \(out=x\)"):
+                layer.backward(y)
+
+    @pytest.mark.parametrize("axis", [1, -1, (1, 2), (-1, 1)])
+    def test_any_axis(self, backend, axis):
+        x = normal(1, (4, 3, 2, 5))
+        sizes = tuple(x.shape[one] for one in sorted(np.atleast_1d(axis) % 4))
+        layer = bncore.BatchNorm(sizes[0] if len(sizes) == 1 else sizes, axis=axis)
+        y, saved = bncore.batch_norm(x, axis=axis)
+        np.testing.assert_array_equal(layer(x), y)
+        assert layer.gamma.shape == layer.running_mean.shape == sizes
+        np.testing.assert_allclose(layer.running_mean, 0.1 * saved.mean, rtol=1e-6)
+
+
+class TestOneValuePerChannel:
+    @pytest.mark.parametrize("shape", [(1, 5), (1, 5, 1)])
+    def test_training_refuses_and_stays_as_it_was(self, backend, shape):
+        layer = bncore.BatchNorm1d(5)
+        layer(batch(1))
+        before = state_bits(layer)
+        with pytest.raises(ValueError, match="x must have more than 1 value per channel"):
+            layer(np.ones(shape, np.float32))
+        assert state_bits(layer) == before
+
+    def test_evaluation_takes_it(self, backend):
+        assert bncore.BatchNorm1d(5).eval()(np.ones((1, 5), np.float32)).shape == (1, 5)
+
+
+class TestState:
+    def test_keys_and_dtypes_are_torchs(self):
+        torch = import_torch()
+        ours, theirs = bncore.BatchNorm(5).state_dict(), torch.nn.BatchNorm1d(5).state_dict()
+        assert list(ours) == list(theirs) == KEYS
+        for key, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[key].numpy())
+            assert array.dtype == theirs[key].numpy().dtype
+
+    def test_from_torch_and_back(self, backend):
+        torch = import_torch()
+        peer = torch.nn.BatchNorm2d(5)
+        torch.nn.init.normal_(peer.weight, generator=torch.Generator().manual_seed(1))
+        for step in range(3):
+            peer(torch.tensor(batch(step, np.float32)[..., None]))
+        layer = bncore.BatchNorm2d(5)
+        layer.load_state_dict(peer.state_dict())
+        copy = torch.nn.BatchNorm2d(5)
+        state = {key: torch.from_numpy(array) for key, array in layer.state_dict().items()}
+        copy.load_state_dict(state)
+        for key, tensor in peer.state_dict().items():
+            assert torch.equal(copy.state_dict()[key], tensor)
+        x = batch(7, np.float32)[..., None]
+        expected = peer.eval()(torch.tensor(x)).detach().numpy()
+        np.testing.assert_allclose(layer.eval()(x), expected, rtol=1e-4, atol=1e-5)
+
+    def test_round_trip(self, backend):
+        layer, other = bncore.BatchNorm(5), bncore.BatchNorm(5)
+        layer(batch(1))
+        other.load_state_dict(layer.state_dict())
+        assert state_bits(other) == state_bits(layer)
+        assert bits(other(batch(2))) == bits(layer(batch(2)))
+
+    def test_is_a_copy(self, backend):
+        layer = bncore.BatchNorm(5)
+        state = layer.state_dict()
+        layer(batch(1))
+        layer.gamma += 1
+        assert (state["weight"] == 1).all() and (state["running_mean"] == 0).all()
+        assert state["num_batches_tracked"] == 0
+
+    def test_files_without_a_counter_leave_it_as_it_is(self, backend):
+        layer = bncore.BatchNorm(5)
+        layer(batch(1))
+        state = {key: layer.state_dict()[key] for key in KEYS[:4]}
+        layer.load_state_dict(state)
+        assert layer.num_batches_tracked == 1
+
+
+class TestRanks:
+    @pytest.mark.parametrize(
+        ("name", "ranks"), [("BatchNorm1d", (2, 3)), ("BatchNorm2d", (4,)), ("BatchNorm3d", (5,))]
+    )
+    def test_are_torchs(self, backend, name, ranks):
+        torch = import_torch()
+        for rank in range(1, 8):
+            x = normal(rank, (3,) * rank, np.float32)
+            layer, peer = getattr(bncore, name)(3), getattr(torch.nn, name)(3)
+            before = state_bits(layer)
+            if rank in ranks:
+                expected = peer(torch.tensor(x)).detach().numpy()
+                np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+                continue
+            with pytest.raises(ValueError, match=r"expected .*D"):
+                peer(torch.tensor(x))
+            with pytest.raises(ValueError, match=f"x must have .* dimensions, got {rank}"):
+                layer(x)
+            assert state_bits(layer) == before
+
+    @pytest.mark.parametrize("rank", range(2, 9))
+    def test_the_plain_layer_takes_any(self, backend, rank):
+        assert bncore.BatchNorm(2)(normal(1, (2,) * rank)).ndim == rank
+
+    def test_defaults_are_torchs(self):
+        layer = bncore.BatchNorm2d(3)
+        assert (layer.eps, layer.momentum, layer.affine) == (1e-5, 0.1, True)
+        assert layer.track_running_stats and layer.training and layer.num_features == 3
+        assert layer.gamma.dtype == np.float32
+
+    def test_repr_names_what_it_is(self):
+        assert repr(bncore.BatchNorm2d(3)).startswith("BatchNorm2d(3, axis=1, eps=1e-05")

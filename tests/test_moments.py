@@ -1,0 +1,160 @@
+"""The statistics algebra: parts that add up to the whole, in statistics and in gradients."""
+
+import numpy as np
+import pytest
+
+import bncore
+
+from . import oracle
+from .arrays import bits, in_layout, normal
+from .oracle import assert_within, ulp
+
+SHAPES = [
+    ((60, 5), 1),
+    ((9, 4, 33), 1),
+    ((20, 9, 7, 7), 1),
+    ((6, 7, 5), -1),
+    ((4, 3, 2, 5), (1, 3)),
+]
+SPLITS = [(1,), (30,), (59,), (0, 60), (10, 11, 12), tuple(range(1, 60))]
+
+
+def total(parts):
+    return sum(parts, bncore.Moments())
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last", "sliced"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_moments_are_those_of_the_formulas(backend, dtype, shape, axis, layout):
+    x = in_layout((normal(1, shape) + 100).astype(dtype), layout, axis)
+    exact = oracle.forward(x, axis=axis)
+    m = bncore.moments(x, axis=axis)
+    count = x.size // exact.mean.size
+    assert (m.count == count).all() and m.count.shape == m.mean.shape == exact.mean.shape
+    assert m.mean.dtype == m.m2.dtype == m.count.dtype == np.float64
+    assert_within(m.mean, exact.mean, ulp(exact.mean, dtype), "mean")
+    relative = 2.0**-23 if dtype == np.float32 else 1e-14
+    assert_within(m.m2, exact.var * count, relative * exact.var * count, "m2")
+    assert_within(m.var(ddof=1), exact.var * count / (count - 1), relative * m.var(1), "var")
+
+
+def test_moments_are_what_batch_norm_saves(backend):
+    x = normal(1, (20, 9, 7, 7), np.float32)
+    _, saved = bncore.batch_norm(x)
+    m = bncore.moments(x)
+    np.testing.assert_array_equal(saved.mean, m.mean)
+    np.testing.assert_allclose(saved.var, m.var(), rtol=1e-15)
+    np.testing.assert_array_equal(saved.count, m.count)
+
+
+@pytest.mark.parametrize("ratio", [0, 1e6])
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: f"{len(split) + 1}_parts")
+def test_any_split_adds_up_to_the_whole(backend, split, ratio):
+    x = normal(2, (60, 4, 3)) + ratio
+    exact = oracle.forward(x)
+    m = total(bncore.moments(part) for part in np.split(x, split))
+    assert (m.count == 180).all()
+    size = np.maximum(abs(exact.mean), 1)
+    assert_within(m.mean, exact.mean, ulp(size, np.float64), "mean")
+    assert_within(m.var(), exact.var, 1e-14 * exact.var, "var")
+
+
+def test_moments_of_nothing_are_the_identity(backend):
+    m = bncore.moments(normal(3, (7, 4)))
+    for same in (m + bncore.Moments(), bncore.Moments() + m, m + bncore.moments(np.empty((0, 4)))):
+        assert bits(same.count, same.mean, same.m2) == bits(m.count, m.mean, m.m2)
+    nothing = bncore.Moments() + bncore.Moments()
+    assert nothing.count == nothing.mean == nothing.m2 == 0 and np.isnan(nothing.var())
+
+
+def test_addition_leaves_its_parts_alone(backend):
+    a, b = bncore.moments(normal(1, (7, 4))), bncore.moments(normal(2, (5, 4)))
+    before = bits(a.count, a.mean, a.m2, b.count, b.mean, b.m2)
+    a + b
+    assert bits(a.count, a.mean, a.m2, b.count, b.mean, b.m2) == before
+
+
+def test_a_bad_value_stays_in_its_channel(backend):
+    x = normal(1, (8, 4))
+    clean = bncore.moments(x[:3]) + bncore.moments(x[3:])
+    x[5, 2] = np.nan
+    m = bncore.moments(x[:3]) + bncore.moments(x[3:])
+    others = [0, 1, 3]
+    assert bits(m.mean[others], m.m2[others]) == bits(clean.mean[others], clean.m2[others])
+    assert np.isnan(m.mean[2]) and np.isnan(m.m2[2])
+
+
+@pytest.mark.parametrize("ddof", [0, 1, 0.5, 180, 200])
+def test_var_divides_by_count_minus_ddof(backend, ddof):
+    m = bncore.moments(normal(1, (60, 4, 3)))
+    expected = m.m2 / (180 - ddof) if ddof < 180 else np.full(4, np.nan)
+    np.testing.assert_array_equal(m.var(ddof), expected)
+
+
+def test_masks_and_weights(backend):
+    x = normal(1, (6, 4, 5))
+    weight = np.random.default_rng(1).random((6, 1, 5))
+    mask = weight > 0.3
+    exact = oracle.forward(x, weight=np.where(mask, weight, 0))
+    m = bncore.moments(x, mask=mask, sample_weight=weight)
+    np.testing.assert_allclose(m.count, weight[mask].sum(), rtol=1e-14)
+    np.testing.assert_allclose(m.mean, exact.mean.astype(float), rtol=1e-13)
+    np.testing.assert_allclose(m.var(), exact.var.astype(float), rtol=1e-13)
+
+
+def test_integers_become_float64():
+    m = bncore.Moments([2, 2], [1, 3], [4, 5])
+    assert m.count.dtype == m.mean.dtype == m.m2.dtype == np.float64
+    assert repr(m).startswith("Moments(count=array([2., 2.])")
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+class TestGradientsOfParts:
+    def arguments(self, shape, axis, dtype):
+        channels = [shape[one] for one in oracle.channel_axes(axis, len(shape))]
+        return normal(1, shape, dtype), normal(2, shape, dtype), normal(3, channels, dtype)
+
+    def test_reduce_and_apply_are_the_backward_pass(self, backend, shape, axis, dtype):
+        x, dy, gamma = self.arguments(shape, axis, dtype)
+        _, saved = bncore.batch_norm(x, gamma, np.zeros_like(gamma), axis=axis)
+        g = bncore.batch_norm_backward(dy, saved)
+        statistics = saved.mean, saved.inv_std
+        r = bncore.backward_reduce(dy, x, *statistics, axis=axis)
+        assert r.sum_dy.dtype == r.sum_dy_xhat.dtype == np.float64
+        dx = bncore.backward_apply(dy, x, *statistics, gamma, *r, saved.count, axis=axis)
+        tolerance = 20 * np.finfo(dtype).eps
+        np.testing.assert_allclose(dx, g.dx, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(r.sum_dy, g.dbeta, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(r.sum_dy_xhat, g.dgamma, rtol=1e-6, atol=1e-5)
+
+    def test_parts_of_a_batch_give_the_whole_ones_gradient(self, backend, shape, axis, dtype):
+        """As in data-parallel training, and under gradient accumulation."""
+        x, dy, gamma = self.arguments(shape, axis, dtype)
+        exact = oracle.backward(dy, x, gamma, axis=axis)
+        cuts = [1, shape[0] // 2]
+        parts = list(zip(np.split(dy, cuts), np.split(x, cuts), strict=True))
+        m = total(bncore.moments(part, axis=axis) for _, part in parts)
+        statistics = m.mean, 1 / np.sqrt(m.var() + 1e-5)
+        reduced = [bncore.backward_reduce(*part, *statistics, axis=axis) for part in parts]
+        sums = [sum(both) for both in zip(*reduced, strict=True)]
+        dx = np.concatenate([
+            bncore.backward_apply(*part, *statistics, gamma, *sums, m.count, axis=axis)
+            for part in parts
+        ])  # fmt: skip
+        tolerance = 8 * ulp(exact.dx_scale.max(), dtype)
+        assert_within(dx, exact.dx, tolerance, "dx")
+        assert_within(sums[0], exact.dbeta, 1e-6 * exact.dbeta_scale, "sum_dy")
+        assert_within(sums[1], exact.dgamma, 1e-6 * exact.dgamma_scale, "sum_dy_xhat")
+
+    def test_apply_in_place(self, backend, shape, axis, dtype):
+        x, dy, gamma = self.arguments(shape, axis, dtype)
+        _, saved = bncore.batch_norm(x, axis=axis)
+        r = bncore.backward_reduce(dy, x, saved.mean, saved.inv_std, axis=axis)
+        rest = saved.mean, saved.inv_std, gamma, *r, saved.count
+        dx = bncore.backward_apply(dy, x, *rest, axis=axis)
+        for pair in ((dy.copy(), x), (dy, x.copy())):
+            out = pair[0] if pair[1] is x else pair[1]
+            assert bncore.backward_apply(*pair, *rest, axis=axis, out=out) is out
+            assert bits(out) == bits(dx)

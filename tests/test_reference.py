@@ -1,0 +1,91 @@
+"""The NumPy reference on its own: it needs NumPy alone, and keeps the formulas in hard cases."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bncore import _backend, reference
+
+from . import oracle
+from .arrays import normal
+from .oracle import assert_within, rounding, ulp
+
+COMPILED = [name for name in _backend.available() if name != "numpy"]
+
+
+def test_it_imports_numpy_alone():
+    tree = ast.parse(Path(reference.__file__).read_text(encoding="utf-8"))
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in ([ast.alias(node.module)] if isinstance(node, ast.ImportFrom) else node.names)
+    }
+    assert imported == {"__future__", "numpy"}
+
+
+@pytest.mark.parametrize("tier", COMPILED)
+def test_every_tier_has_its_kernels(tier):
+    backend = _backend.load(tier)
+    kernels = {
+        backend.statistics: ("moments", "move_running_plain"),
+        backend.normalization: ("forward", "normalize", "forward_plain", "normalize_plain"),
+        backend.gradient: ("reduce", "apply", "backward", "backward_plain"),
+    }
+    for module, names in kernels.items():
+        for name in names:
+            assert callable(getattr(module, name)) and callable(getattr(reference, name))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (40, 7, 1), (1, 2, 300)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ratio", [0, 1e6, 1e12])
+def test_forward_and_backward(shape, weighted, ratio):
+    n, c, s = shape
+    x, dy, gamma, beta = normal(1, shape) + ratio, normal(2, shape), normal(3, c), normal(4, c)
+    weight = np.random.default_rng(5).random((n, s)) if weighted else None
+    wide = None if weight is None else weight[:, None]
+    exact = oracle.forward(x, gamma, beta, weight=wide)
+    gradient = oracle.backward(dy, x, gamma, beta, weight=wide)
+    y, dx, stats, sums = np.empty(shape), np.empty(shape), np.empty((4, c)), np.empty((2, c))
+    reference.forward(x, weight, gamma, beta, None, reference.NO_ACTIVATION, 1e-5, y, stats)
+    if weight is None:
+        reference.backward(dy, x, stats, gamma, float(n * s), dx, sums)
+    else:
+        reference.weighted_backward(dy, x, weight, stats, gamma, dx, sums)
+    assert_within(y, exact.y, rounding(exact.scale, np.float64), "y")
+    assert_within(stats[2], exact.var, 1e-14 * exact.var, "var")
+    assert_within(dx, gradient.dx, rounding(gradient.dx_scale, np.float64), "dx")
+    assert_within(sums[0], gradient.dbeta, 1e-14 * gradient.dbeta_scale, "dbeta")
+    assert_within(sums[1], gradient.dgamma, 1e-13 * gradient.dgamma_scale, "dgamma")
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-160, 1e150, 1e200, 1e300])
+def test_squares_beyond_the_range_of_float64(scale):
+    x, stats, y = normal(1, (9, 3, 4)) * scale, np.empty((4, 3)), np.empty((9, 3, 4))
+    with np.errstate(over="ignore"):
+        reference.forward(x, None, None, None, None, reference.NO_ACTIVATION, 5e-324, y, stats)
+    exact = oracle.forward(x, eps=5e-324)
+    assert_within(stats[0], exact.mean, ulp(abs(x).max(), np.float64), "mean")
+    assert_within(y, exact.y, 1e-13, "y")
+
+
+def test_move_running():
+    mean, var = np.array([1.0, 2.0]), np.array([3.0, 4.0])
+    stats = np.array([[5.0, 6.0], [0.0, 0.0], [7.0, 8.0], [9.0, 9.0]])
+    reference.move_running(mean, var, stats, 0.25, 2.0)
+    np.testing.assert_array_equal(mean, [2.0, 3.0])
+    np.testing.assert_array_equal(var, [5.75, 7.0])
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [((0, 0.0, 0.0), [1, 1, 1]), ((1, 0.0, np.inf), [0, 0, 1]), ((1, -2.0, 1.0), [1, 1, 0]),
+     ((2, 0.5, 0.0), [0.5, 0.5, 1])],
+)  # fmt: skip
+def test_activation_gradient(activation, expected):
+    dz = np.empty(3)
+    reference.activation_gradient(np.ones(3), np.array([-1.0, 0.0, 3.0]), activation, dz)
+    np.testing.assert_array_equal(dz, expected)
