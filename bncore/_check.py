@@ -190,9 +190,16 @@ def output(out, like: np.ndarray, in_place: dict, read: dict, name: str = "out")
             if np.shares_memory(out, array):
                 raise ValueError(f"{name} overlaps {other} in part: pass {other} itself or apart")
     for other, array in read.items():
-        if array is not None and np.may_share_memory(out, array) and np.shares_memory(out, array):
-            raise ValueError(f"{name} must not share memory with {other}")
+        apart(out, array, other, name)
     return out
+
+
+def apart(out, array, other: str, name: str = "out") -> None:
+    """Check that an output shares no memory with another array; None shares none."""
+    if out is None or array is None:
+        return
+    if np.may_share_memory(out, array) and np.shares_memory(out, array):
+        raise ValueError(f"{name} must not share memory with {other}")
 
 
 def coincide(a: np.ndarray, b: np.ndarray) -> bool:

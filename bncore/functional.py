@@ -678,13 +678,12 @@ def _through_activation(dy, x, mean, mean_lo, inv_std, gamma, beta, residual, ac
     """dz from dy, where y = activation(z): z is computed again, it was not stored."""
     if activation == NO_ACTIVATION:
         return dy
-    z = np.empty(x.shape, x.dtype)
-    _backend.active.normalization.normalize(
-        x, mean, mean_lo, inv_std, _parameter(gamma), _parameter(beta), residual, NO_ACTIVATION, z,
-        _threads(x),
+    dz = np.empty(x.shape, x.dtype)
+    _backend.active.normalization.activation_backward(
+        dy, x, mean, mean_lo, inv_std, _parameter(gamma), _parameter(beta), residual, activation,
+        dz, _threads(x),
     )  # fmt: skip
-    reference.activation_gradient(dy, z, activation, z)
-    return z
+    return dz
 
 
 def _threads(x):

@@ -283,6 +283,8 @@ class BatchNorm:
         if tracking:
             _check.state(self.running_mean, "running_mean", self.shape)
             _check.state(self.running_var, "running_var", self.shape)
+            _check.apart(out, self.running_mean, "running_mean")
+            _check.apart(out, self.running_var, "running_var")
         y, saved = batch_norm(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps,
             activation=self.activation, out=out,

@@ -207,22 +207,32 @@ def weighted_backward(dy, x, weight, stats, gamma, dx, sums):
 
 
 @_quietly
-def activation_gradient(dy, z, activation, dz):
+def activation_backward(
+    dy, x, mean, mean_lo, inv_std, gamma, beta, residual, activation, dz, num_threads=1
+):
     """The gradient of ``activation(z)``: dz = dy where z passes, else 0 or slope dy.
+
+    ::
+
+        z = gamma (x - mean) inv_std + beta + residual
 
     Parameters
     ----------
-    dy, z : array
+    dy, x : (N, C, S) array
+    mean, inv_std : (C,) float64 array
+    mean_lo, gamma, beta : (C,) float64 array or None
+    residual : (N, C, S) array or None
     activation : (int, float, float)
-    dz : array, written; may be dy or z
+    dz : (N, C, S) array, written; may be dy
     """
     code, a, b = activation
+    z = _affine(x, mean, mean_lo, inv_std, gamma, beta, residual)
     if code == 1:
-        np.copyto(dz, np.where((z > a) & (z < b), dy, 0))
+        dz[...] = np.where((z <= a) | (z >= b), 0, dy)
     elif code == 2:
-        np.copyto(dz, np.where(z > 0, dy, a * dy), casting="same_kind")
+        dz[...] = np.where(z <= 0, a * dy.astype(np.float64), dy)
     else:
-        np.copyto(dz, dy)
+        dz[...] = dy
 
 
 def forward_plain(*arguments):

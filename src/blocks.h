@@ -125,12 +125,6 @@ template <class T> struct View {
   T* at(ptrdiff_t n, ptrdiff_t c) const { return data + n * n_stride + c * c_stride; }
 };
 
-/* What is applied after gamma and beta. */
-struct Epilogue {
-  int activation; // 0 none, 1 clip to [a, b], 2 slope a below zero
-  double a, b;
-};
-
 /* A value per place of a line from a value per channel: each channel's repeated `inner` times,
  * the whole `tile` times. */
 template <class Real, class ValueOfChannel>
@@ -552,18 +546,19 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
 }
 
 /* Writers: the map of a row and where it goes. */
-template <class T, class Activation, bool Residual, bool Scaled, bool Stream>
+template <class T, class Activation, bool Residual, bool Scaled, bool Stream, bool Backward = false>
 struct NormalizeWriter {
   static constexpr bool kStream = Stream;
-  View<const T> x, residual;
+  View<const T> x, residual, dy;
   View<T> out;
   Activation activation;
 
   template <class Pick>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled>{
-        x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo),
-        pick(kScale), pick(kOffset), pick(kUnit), activation};
+    return Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled, Backward>{
+        x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr,
+        Backward ? dy.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo), pick(kScale),
+        pick(kOffset), pick(kUnit), activation};
   }
 };
 
@@ -687,10 +682,29 @@ inline void normalize_with(const Work& work, const CoefficientTable<T>& table, V
                            View<const T> residual, View<T> y, Activation activation,
                            bool stream) {
   if (stream)
-    work(table, NormalizeWriter<T, Activation, Residual, Scaled, true>{x, residual, y, activation});
+    work(table,
+         NormalizeWriter<T, Activation, Residual, Scaled, true>{x, residual, {}, y, activation});
   else
     work(table,
-         NormalizeWriter<T, Activation, Residual, Scaled, false>{x, residual, y, activation});
+         NormalizeWriter<T, Activation, Residual, Scaled, false>{x, residual, {}, y, activation});
+}
+
+/* The coefficients of z in a group; whether a unit is not 1. */
+template <class T>
+inline bool fill_normalize(const Grid& grid, const NormalizeParameters& p, ptrdiff_t group,
+                           bool with_unit, CoefficientTable<T>* table) {
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
+  double unit[kMaxLine];
+  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
+  if (with_unit && !scaled)
+    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
+  fill_line(grid, channels, [&](ptrdiff_t c) {
+    const double scale = p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
+    return scale / unit[c];
+  }, table->row[kScale]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
+            table->row[kOffset]);
+  return scaled;
 }
 
 /* y of one cell. A unit is always multiplied in beside a residual or an activation, where 1
@@ -698,24 +712,12 @@ inline void normalize_with(const Work& work, const CoefficientTable<T>& table, V
 template <class T, class Work>
 inline void normalize_work(const Work& work, View<const T> x, View<const T> residual, View<T> y,
                            const NormalizeParameters& p, Epilogue epilogue, bool stream) {
-  typedef typename Element<T>::Real Real;
-  const Grid& grid = work.grid;
-  const ptrdiff_t first = grid.first_channel(work.group), last = grid.last_channel(work.group);
   CoefficientTable<T> table;
-  double unit[kMaxLine];
   const bool plain = !residual.data && epilogue.activation == 0;
-  const bool scaled = fill_centre<T>(grid, p, first, last, unit, &table);
-  if (!plain && !scaled)
-    fill_line(grid, last - first, [](ptrdiff_t) { return 1; }, table.row[kUnit]);
-  fill_line(grid, last - first, [&](ptrdiff_t c) {
-    const double scale = p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
-    return scale / unit[c];
-  }, table.row[kScale]);
-  fill_line(grid, last - first, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
-            table.row[kOffset]);
+  const bool scaled = fill_normalize<T>(work.grid, p, work.group, !plain, &table);
   const Identity<T> identity;
-  const Clip<T> clip = {static_cast<Real>(epilogue.a), static_cast<Real>(epilogue.b)};
-  const LeakyRelu<T> leaky = {static_cast<Real>(epilogue.a)};
+  const Clip<T> clip(epilogue);
+  const LeakyRelu<T> leaky(epilogue);
 #define BNCORE_WORK(activation, with_residual, with_unit)                                         \
   normalize_with<T, decltype(activation), with_residual, with_unit>(work, table, x, residual, y,  \
                                                                     activation, stream)
@@ -731,6 +733,32 @@ inline void normalize_work(const Work& work, View<const T> x, View<const T> resi
     else BNCORE_WORK(leaky, false, true);
   }
 #undef BNCORE_WORK
+}
+
+/* dz of one cell, where y = activation(z). */
+template <class T, class Activation>
+inline void activation_gradient_with(const JustWrite<T>& work, const CoefficientTable<T>& table,
+                                     View<const T> dy, View<const T> x, View<const T> residual,
+                                     View<T> dz, const Activation& activation) {
+  if (residual.data)
+    work(table, NormalizeWriter<T, Activation, true, true, false, true>{x, residual, dy, dz,
+                                                                        activation});
+  else
+    work(table, NormalizeWriter<T, Activation, false, true, false, true>{x, residual, dy, dz,
+                                                                         activation});
+}
+
+template <class T>
+inline void activation_gradient_block(const Grid& grid, View<const T> dy, View<const T> x,
+                                      View<const T> residual, View<T> dz,
+                                      const NormalizeParameters& p, Epilogue epilogue,
+                                      ptrdiff_t group, ptrdiff_t block) {
+  CoefficientTable<T> table;
+  fill_normalize<T>(grid, p, group, true, &table);
+  const JustWrite<T> work = {grid, group, block};
+  if (epilogue.activation == 1)
+    activation_gradient_with(work, table, dy, x, residual, dz, Clip<T>(epilogue));
+  else activation_gradient_with(work, table, dy, x, residual, dz, LeakyRelu<T>(epilogue));
 }
 
 template <class T>

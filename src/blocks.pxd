@@ -52,6 +52,9 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     void normalize_block[T](const Grid&, View[const T], View[const T] residual, View[T],
                             const NormalizeParameters&, Epilogue, bint stream, ptrdiff_t group,
                             ptrdiff_t block)
+    void activation_gradient_block[T](const Grid&, View[const T] dy, View[const T],
+                                      View[const T] residual, View[T], const NormalizeParameters&,
+                                      Epilogue, ptrdiff_t group, ptrdiff_t block)
     void reduce_block[T](const Grid&, View[const T] dy, View[const T], const double* mean,
                          const double* mean_lo, ptrdiff_t group, ptrdiff_t block, double* partial)
     void finish_sums(const Grid&, double* partial, const double* inv_std, ptrdiff_t group,

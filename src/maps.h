@@ -1,6 +1,7 @@
 /* Maps: what is computed of every element once the sums are known, and how it is stored.
  *
- *   Normalize   y  = act(((x - mean_hi) - mean_lo) scale + offset [+ residual])
+ *   Normalize   y  = act(z), or dz = act'(z) dy
+ *               z  = ((x - mean_hi) - mean_lo) scale + offset [+ residual]
  *   Gradient    dx = scale ((dy - shift_hi) - shift_lo - ((x - mean_hi) - mean_lo) slope)
  *
  * The mean is subtracted in two steps, hi then lo, and never folded into the offset: x - mean_hi
@@ -34,6 +35,12 @@ template <class T> struct PerPlace {
 
 /* ------------------------------------------------------------------------------ activations */
 
+/* What is applied after gamma and beta. */
+struct Epilogue {
+  int activation; // 0 none, 1 clip to [a, b], 2 slope a below zero
+  double a, b;
+};
+
 /* Each gives the activation of z and, for the backward pass, dy where z passes and what the
  * activation makes of it elsewhere. Comparisons are written so that a NaN stays one. */
 template <class T> struct Identity {
@@ -45,6 +52,8 @@ template <class T> struct Identity {
 template <class T> struct Clip {
   typedef typename Element<T>::Vec Vec;
   typename Element<T>::Real low, high;
+  explicit Clip(Epilogue e)
+      : low(static_cast<decltype(low)>(e.a)), high(static_cast<decltype(high)>(e.b)) {}
   Vec operator()(Vec z) const {
     Vec floor = low - Vec{}, ceiling = high - Vec{};
     z = z < floor ? floor : z;
@@ -59,6 +68,7 @@ template <class T> struct Clip {
 template <class T> struct LeakyRelu {
   typedef typename Element<T>::Vec Vec;
   typename Element<T>::Real slope;
+  explicit LeakyRelu(Epilogue e) : slope(static_cast<decltype(slope)>(e.a)) {}
   Vec operator()(Vec z) const { return z < Vec{} ? z * slope : z; }
   Vec gradient(Vec z, Vec dy) const { return z <= Vec{} ? dy * slope : dy; }
 };
@@ -70,12 +80,14 @@ inline typename Element<T>::Vec load(const T* p, int k) {
   return Whole ? Element<T>::load(p) : Element<T>::load_part(p, k);
 }
 
-/* Scaled: x is first multiplied by a power of two, see unit_of in blocks.h. */
+/* Scaled: x is first multiplied by a power of two, see unit_of in blocks.h. With dy, the gradient
+ * of the activation is what comes out. */
 template <class T, template <class> class Coefficient, class Activation, bool Residual,
-          bool Scaled>
+          bool Scaled, bool Backward = false>
 struct Normalize {
   const T* x;
   const T* residual;
+  const T* dy;
   Coefficient<T> mean_hi, mean_lo, scale, offset, unit;
   Activation activation;
 
@@ -85,6 +97,7 @@ struct Normalize {
     if (Scaled) v *= unit.at(i);
     auto z = fma((v - mean_hi.at(i)) - mean_lo.at(i), scale.at(i), offset.at(i));
     if (Residual) z += load<Whole>(residual + i, k);
+    if (Backward) return activation.gradient(z, load<Whole>(dy + i, k));
     return activation(z);
   }
 };
