@@ -16,7 +16,7 @@ import bncore
 pytestmark = pytest.mark.concurrency
 
 THREADS = 16
-CALLS = count(20, 1000)
+CALLS = count(8, 1000)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not COMPILED, reason="no compiled backend"),
 ]
 
-TIMES = count(5, 100)
+TIMES = count(3, 100)
 
 CHILD = """
 times = {times}
@@ -29,7 +29,7 @@ assert os_threads() >= bncore.get_num_threads()
 
 def as_child():
     "What a child does and exits with; an alarm ends it if it hangs."
-    signal.alarm(5)
+    signal.alarm(60)
     bncore.set_num_threads(4)
     os._exit(0 if work() == expected and bncore.get_num_threads() == 1 else 1)
 
@@ -70,7 +70,7 @@ import multiprocessing
 
 
 def child_work(_):
-    signal.alarm(5)
+    signal.alarm(60)
     bncore.set_num_threads(4)
     return work() == expected and bncore.get_num_threads() == 1
 
@@ -148,7 +148,7 @@ def test_the_child_starts_no_thread(name):
     code = """
 child = os.fork()
 if child == 0:
-    signal.alarm(5)
+    signal.alarm(60)
     bncore.set_num_threads(4)
     work()
     os._exit(os_threads())
