@@ -13,7 +13,7 @@ WIDE = np.longdouble
 
 @dataclass(frozen=True)
 class Forward:
-    """y and the statistics; ``scale`` is the largest term of each element of y."""
+    """y and the statistics; ``scale`` is ``max(|gamma x'|, |beta|) + |residual|`` per element."""
 
     y: np.ndarray
     scale: np.ndarray
@@ -116,7 +116,7 @@ def forward(
     scaled = gamma * deviation / np.sqrt(var + dtype(eps))
     shift = dtype(0) if residual is None else to_rows(residual, axes, dtype)
     y = activate(scaled + beta + shift, activation)
-    scale = np.maximum(np.maximum(abs(scaled), abs(beta)), abs(shift))
+    scale = np.maximum(abs(scaled), abs(beta)) + abs(shift)
     channels = [x.shape[one] for one in axes]
     return Forward(
         from_rows(y, x.shape, axes), from_rows(scale, x.shape, axes),

@@ -27,6 +27,7 @@ from bncore.bench.workloads import Case
 pytest.importorskip("matplotlib", reason="needs bncore[bench]")
 pytest.importorskip("psutil", reason="needs bncore[bench]")
 pytest.importorskip("rich", reason="needs bncore[bench]")
+pytest.importorskip("tqdm", reason="needs bncore[bench]")
 
 SHAPE = (3, 4, 5, 2)
 MACHINE = {
@@ -275,6 +276,12 @@ def test_the_command_measures_reports_and_writes(tmp_path, capsys):
     assert all(path.stat().st_size > 100 for path in paths.values())
     assert cli.main(["bench", "--load", str(paths["json"])]) == 0
     assert "3x4x5x2" in capsys.readouterr().out
+
+
+def test_the_command_stops_when_its_time_is_up(capsys):
+    arguments = ["--shape", "3,4,5,2", "--threads", "1", "--peers", "numpy", "--rounds", "1"]
+    assert cli.main(["bench", *arguments, "--turn", "0.0001", "--stop-after", "1e-9"]) == 0
+    assert "1 of 24 cases were measured." in capsys.readouterr().out
 
 
 def test_other_processes_are_kept_busy_until_the_end(monkeypatch):

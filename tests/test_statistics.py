@@ -36,7 +36,7 @@ class TestFarFromZero:
             assert_within(saved.var, exact.var, ulp(exact.var, dtype), "var")
         else:
             size = np.maximum(abs(exact.mean), np.sqrt(exact.var))
-            assert_within(saved.mean, exact.mean, ulp(size, dtype), "mean")
+            assert_within(saved.mean, exact.mean, 4 * ulp(size, dtype), "mean")
             assert_within(saved.var, exact.var, 1e-14 * exact.var, "var")
         exact_inv_std = 1 / np.sqrt(exact.var + oracle.WIDE(1e-5))
         relative = 2.0**-24 if dtype == np.float32 else 2e-14

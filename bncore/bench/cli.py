@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,8 @@ from bncore.bench.extras import require
 from bncore.bench.outcome import TITLES, Outcome
 from bncore.bench.peers import NAMES
 from bncore.bench.workloads import Case, Workload
+
+QUICK_SECONDS = 48
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true",
         help="under a minute: unless said otherwise a few shapes in float32 on all threads into "
-        "given arrays, without the reference",
+        "given arrays, without the reference; it stops when its time is up",
     )  # fmt: skip
     choose = parser.add_argument_group("what to measure (lists are comma-separated)")
     choose.add_argument("--suite", type=_list_of(suites), help=f"of {', '.join(suites)}")
@@ -58,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--busy", type=_positive, default=0, metavar="N",
         help="measure while so many other processes keep CPUs busy",
+    )  # fmt: skip
+    how.add_argument(
+        "--stop-after", type=float, metavar="SECONDS",
+        help=f"begin no case later than that; with --quick {QUICK_SECONDS}",
     )  # fmt: skip
     results = parser.add_argument_group("results")
     results.add_argument("--json", type=Path, help="write the results to this file")
@@ -98,6 +106,8 @@ def main(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> Outcome:
     """What is asked for; where the user interrupts it, what there is until then."""
     tqdm = require("tqdm").tqdm
+    seconds = args.stop_after or (QUICK_SECONDS if args.quick else math.inf)
+    end = time.monotonic() + seconds
     cases = _cases(args)
     outcome = Outcome.here(busy=args.busy)
     events = runner.run(
@@ -110,7 +120,11 @@ def _measure(args: argparse.Namespace) -> Outcome:
         with suppress(KeyboardInterrupt), busy(args.busy):
             for event in events:
                 _take(event, outcome, progress)
+                if outcome.results and time.monotonic() > end:
+                    break
         events.close()
+    if len(outcome.results) < len(cases):
+        print(f"{len(outcome.results)} of {len(cases)} cases were measured.")
     return outcome
 
 
