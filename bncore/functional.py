@@ -294,7 +294,7 @@ def batch_norm_backward(dy, saved, *, out=None):
     x, gamma, beta = saved.x, saved.gamma, saved.beta
     dy = _check.same_shape(dy, "dy", x)
     _check.output(
-        out, x, in_place={"dy": dy, "x": x},
+        out, x, in_place={"dy": dy, "x": x, "residual": extras.residual},
         read={"gamma": gamma, "beta": beta, "saved's statistics": saved.stats},
     )  # fmt: skip
     layout = _layout.layout_of(x, saved.axes)
@@ -305,25 +305,25 @@ def batch_norm_backward(dy, saved, *, out=None):
         kernel_x = np.where(extras.valid[:, None], kernel_x, kernel_x.dtype.type(0))
     if extras.had_residual and extras.residual is None and extras.activation != NO_ACTIVATION:
         raise ValueError("saved has no residual: the forward pass overwrote it (out=residual)")
+    residual = _optional(extras.residual, layout)
     mean, mean_lo, _, inv_std = saved.stats
-    kernel_dz = _through_activation(
-        kernel_dy, kernel_x, mean, mean_lo, inv_std, gamma, beta,
-        _optional(extras.residual, layout), extras.activation,
-    )  # fmt: skip
+    through = mean, mean_lo, inv_std, gamma, beta, residual, extras.activation
     dresidual = None
     if extras.had_residual:
-        dresidual = _layout.from_kernel(kernel_dz.copy(), layout, x.shape)
+        kernel_dz = _through_activation(kernel_dy, kernel_x, *through)
+        kernel_dz = kernel_dz.copy() if kernel_dz is kernel_dy else kernel_dz
+        dresidual = _layout.from_kernel(kernel_dz, layout, x.shape)
     target = _Target(out, x, layout)
     dgamma, dbeta = _gradient_like(gamma), _gradient_like(beta)
     if extras.weight is None:
         _backend.active.gradient.backward(
-            kernel_dz, kernel_x, saved.stats, _parameter(gamma), saved.values,
-            target.kernel_array, sums, _threads(x),
+            kernel_dy, kernel_x, saved.stats, _parameter(gamma), _parameter(beta), residual,
+            extras.activation, saved.values, target.kernel_array, sums, _threads(x),
         )  # fmt: skip
     else:
         reference.weighted_backward(
-            kernel_dz, kernel_x, extras.weight, saved.stats, _parameter(gamma),
-            target.kernel_array, sums,
+            _through_activation(kernel_dy, kernel_x, *through), kernel_x, extras.weight,
+            saved.stats, _parameter(gamma), target.kernel_array, sums,
         )  # fmt: skip
     if extras.valid is not None:
         np.copyto(target.kernel_array, 0, where=~extras.valid[:, None], casting="unsafe")
@@ -679,7 +679,7 @@ def _through_activation(dy, x, mean, mean_lo, inv_std, gamma, beta, residual, ac
     if activation == NO_ACTIVATION:
         return dy
     dz = np.empty(x.shape, x.dtype)
-    _backend.active.normalization.activation_backward(
+    _backend.active.gradient.activation_backward(
         dy, x, mean, mean_lo, inv_std, _parameter(gamma), _parameter(beta), residual, activation,
         dz, _threads(x),
     )  # fmt: skip

@@ -143,21 +143,30 @@ def apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx, num_threads=1):
     dx[...] = _column(scale) * gradient
 
 
-def backward(dy, x, stats, gamma, count, dx, sums, num_threads=1):
+def backward(
+    dy, x, stats, gamma, beta, residual, activation, count, dx, sums, num_threads=1
+):
     """`reduce`, then `apply`, with the statistics that `forward` wrote.
 
     Parameters
     ----------
     dy, x : (N, C, S) array
     stats : (4, C) float64 array
-    gamma : (C,) float64 array or None
+    gamma, beta : (C,) float64 array or None
+    residual : (N, C, S) array or None
+    activation : (int, float, float)
+        The sums and dx are those of dz, the gradient of what the activation was applied to.
     count : float
     dx : (N, C, S) array, written; may be dy or x
     sums : (2, C) float64 array, written
     """
     mean, mean_lo, _, inv_std = stats
-    reduce(dy, x, mean, mean_lo, inv_std, sums)
-    apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx)
+    dz = dy.astype(np.float64)
+    activation_backward(
+        dz, x, mean, mean_lo, inv_std, gamma, beta, residual, activation, dz
+    )
+    reduce(dz, x, mean, mean_lo, inv_std, sums)
+    apply(dz, x, mean, mean_lo, inv_std, gamma, sums, count, dx)
 
 
 @_quietly
@@ -230,7 +239,7 @@ def activation_backward(
     if code == 1:
         dz[...] = np.where((z <= a) | (z >= b), 0, dy)
     elif code == 2:
-        dz[...] = np.where(z <= 0, a * dy.astype(np.float64), dy)
+        dz[...] = np.where(z <= 0, a * dy, dy)
     else:
         dz[...] = dy
 

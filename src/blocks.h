@@ -17,6 +17,7 @@
 #include <cfloat>
 #include <cmath>
 #include <initializer_list>
+#include <type_traits>
 
 #include "maps.h"
 #include "sums.h"
@@ -139,6 +140,32 @@ inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel
   for (ptrdiff_t i = places; i < grid.tile * places; ++i) line[i] = line[i - places];
 }
 
+/* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they
+ * are mean_hi, mean_lo, scale, offset and unit; for dx mean_hi, mean_lo, shift_hi, shift_lo,
+ * slope, scale and unit; for dz mean_hi, mean_lo, gate_scale, gate_offset and unit. */
+enum {
+  kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kGateScale,
+  kGateOffset, kRows
+};
+
+template <class T> struct CoefficientTable {
+  alignas(64) typename Element<T>::Real row[kRows][kMaxLine + kPad];
+};
+
+/* A coefficient as a map takes it. */
+template <class T> struct PickUniform {
+  template <class U> using Coefficient = Uniform<U>;
+  const CoefficientTable<T>* table;
+  ptrdiff_t c;
+  Uniform<T> operator()(int which) const { return {table->row[which][c]}; }
+};
+
+template <class T> struct PickPerPlace {
+  template <class U> using Coefficient = PerPlace<U>;
+  const CoefficientTable<T>* table;
+  PerPlace<T> operator()(int which) const { return {table->row[which]}; }
+};
+
 /* ------------------------------------------------------------------------------------- sums */
 
 /* The two sums of every channel of a block, in twofold form: four rows of C values. */
@@ -175,22 +202,55 @@ template <class T, bool Scaled = false> struct MomentTerms {
   }
 };
 
-/* Terms of a backward pass: dy and dy (x - mean). */
-template <class T> struct BackwardTerms {
-  View<const T> dy, x;
+/* Where dz of a backward pass comes from: from dy alone, or through an activation. */
+template <class T> struct PlainGradient {
+  View<const T> dy;
+
+  Strides strides() const { return {dy.n_stride, 0, 0}; }
+  template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return PlainSource<T>{dy.at(n, c) + s};
+  }
+};
+
+template <class T, bool Residual> struct GatedGradient {
+  View<const T> dy, x, residual;
+  Gate<T> gate;
+
+  Strides strides() const { return {dy.n_stride, x.n_stride, residual.n_stride}; }
+  template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return GatedSource<T, Pick::template Coefficient, Residual>{
+        dy.at(n, c) + s,
+        {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo),
+         pick(kGateScale), pick(kGateOffset), pick(kUnit)},
+        gate};
+  }
+};
+
+/* Terms of a backward pass: dz and dz (x - mean). The table is that of a group from channel
+ * `begin` on. */
+template <class T, class From> struct BackwardTerms {
+  From from;
+  View<const T> x;
   const double* mean;
   const double* mean_lo;
+  const CoefficientTable<T>* table;
+  ptrdiff_t begin;
 
   void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double* two) const {
     fill_line(grid, last - first, [&](ptrdiff_t c) { return mean[first + c]; }, one);
     fill_line(grid, last - first, [&](ptrdiff_t c) { return mean_lo[first + c]; }, two);
   }
-  GradientTerms<T> row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return {dy.at(n, c) + s, x.at(n, c) + s, mean[c], mean_lo[c]};
+  auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    const auto source = from.source(PickUniform<T>{table, c - begin}, n, c, s);
+    return GradientTerms<T, decltype(source)>{source, x.at(n, c) + s, mean[c], mean_lo[c]};
   }
-  ColumnGradientTerms<T> column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* means,
-                                const double* means_lo) const {
-    return {dy.at(n, c), dy.n_stride * tile, x.at(n, c), x.n_stride * tile, means, means_lo};
+  auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* means,
+              const double* means_lo) const {
+    const auto source = from.source(PickPerPlace<T>{table}, n, c, 0);
+    const Strides one = from.strides();
+    return ColumnGradientTerms<T, decltype(source)>{
+        source, x.at(n, c), {one.dy * tile, x.n_stride * tile, one.residual * tile}, means,
+        means_lo};
   }
 };
 
@@ -292,13 +352,6 @@ template <class T>
 inline void moments_block(const Grid& grid, View<const T> x, const double* shift, ptrdiff_t group,
                           ptrdiff_t block, double* partial) {
   sum_block<T>(grid, MomentTerms<T>{x, shift, nullptr}, x.n_stride, group, block, partial);
-}
-
-template <class T>
-inline void reduce_block(const Grid& grid, View<const T> dy, View<const T> x, const double* mean,
-                         const double* mean_lo, ptrdiff_t group, ptrdiff_t block,
-                         double* partial) {
-  sum_block<T>(grid, BackwardTerms<T>{dy, x, mean, mean_lo}, x.n_stride, group, block, partial);
 }
 
 /* A value near the channel's mean: its first, for float64 moved by seven others spread over it.
@@ -446,29 +499,6 @@ inline void finish_sums(const Grid& grid, double* partial, const double* __restr
 
 /* ------------------------------------------------------------------------------------- maps */
 
-/* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they
- * are mean_hi, mean_lo, scale, offset and unit, for dx mean_hi, mean_lo, shift_hi, shift_lo,
- * slope, scale and unit; see maps.h. */
-enum { kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kRows };
-
-template <class T> struct CoefficientTable {
-  alignas(64) typename Element<T>::Real row[kRows][kMaxLine + kPad];
-};
-
-/* A coefficient as a map takes it. */
-template <class T> struct PickUniform {
-  template <class U> using Coefficient = Uniform<U>;
-  const CoefficientTable<T>& table;
-  ptrdiff_t c;
-  Uniform<T> operator()(int which) const { return {table.row[which][c]}; }
-};
-
-template <class T> struct PickPerPlace {
-  template <class U> using Coefficient = PerPlace<U>;
-  const CoefficientTable<T>& table;
-  PerPlace<T> operator()(int which) const { return {table.row[which]}; }
-};
-
 /* Write lines of a group from position t on, at most `tiles` tiles of them; the number of tiles
  * written: several where they are alike in alignment. */
 constexpr int kLinesAtOnce = kVectorBytes == 64 ? 4 : 1;
@@ -477,7 +507,7 @@ template <class T, class Writer>
 inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
                              const Writer& writer, ptrdiff_t c, ptrdiff_t t, ptrdiff_t tiles,
                              ptrdiff_t length) {
-  const PickPerPlace<T> pick = {table};
+  const PickPerPlace<T> pick = {&table};
   const ptrdiff_t step = grid.tile, stride = step * writer.out.n_stride;
   T* const line = writer.out.at(t, c);
   const auto map = [&](ptrdiff_t i) { return writer.map(pick, t + i * step, c, 0); };
@@ -512,7 +542,7 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t c = first; c < last; ++c)
-      write_rows<Writer::kStream>({writer.map(PickUniform<T>{table, c - first}, piece.n, c, piece.s)},
+      write_rows<Writer::kStream>({writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s)},
                                   {writer.out.at(piece.n, c) + piece.s}, piece.length,
                                   c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
   }
@@ -534,7 +564,7 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
     const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t i = 0; i < grid.width; ++i)
       write_and_add_row<Writer::kStream>(
-          writer.map(PickUniform<T>{table, i}, piece.n, written + i, piece.s),
+          writer.map(PickUniform<T>{&table, i}, piece.n, written + i, piece.s),
           writer.out.at(piece.n, written + i) + piece.s, terms.row(piece.n, summed + i, piece.s),
           piece.length, i + 1 < grid.width ? writer.out.c_stride : writer.out.n_stride, ahead,
           &accumulators[i]);
@@ -546,32 +576,46 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
 }
 
 /* Writers: the map of a row and where it goes. */
-template <class T, class Activation, bool Residual, bool Scaled, bool Stream, bool Backward = false>
+template <class T, class Activation, bool Residual, bool Scaled, bool Stream>
 struct NormalizeWriter {
   static constexpr bool kStream = Stream;
-  View<const T> x, residual, dy;
+  View<const T> x, residual;
   View<T> out;
   Activation activation;
 
   template <class Pick>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled, Backward>{
-        x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr,
-        Backward ? dy.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo), pick(kScale),
-        pick(kOffset), pick(kUnit), activation};
+    return Normalize<T, Pick::template Coefficient, Activation, Residual, Scaled>{
+        {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo),
+         pick(kScale), pick(kOffset), pick(kUnit)},
+        activation};
   }
 };
 
-template <class T, bool Scaled, bool Stream> struct GradientWriter {
+template <class T, bool Scaled, bool Stream, class From> struct GradientWriter {
   static constexpr bool kStream = Stream;
-  View<const T> dy, x;
+  From from;
+  View<const T> x;
   View<T> out;
 
   template <class Pick>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return Gradient<T, Pick::template Coefficient, Scaled>{
-        dy.at(n, c) + s, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi),
-        pick(kShiftLo), pick(kSlope), pick(kScale), pick(kUnit)};
+    const auto source = from.source(pick, n, c, s);
+    return Gradient<T, Pick::template Coefficient, Scaled, decltype(source)>{
+        source, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi), pick(kShiftLo),
+        pick(kSlope), pick(kScale), pick(kUnit)};
+  }
+};
+
+template <class T, class From> struct GateWriter {
+  static constexpr bool kStream = false;
+  From from;
+  View<T> out;
+
+  template <class Pick>
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    const auto source = from.source(pick, n, c, s);
+    return JustGate<T, decltype(source)>{source};
   }
 };
 
@@ -592,7 +636,7 @@ struct NormalizeParameters {
 };
 
 struct GradientParameters {
-  const double *mean, *mean_lo, *inv_std, *gamma, *sum_dy, *sum_dy_xhat;
+  const double *mean, *mean_lo, *inv_std, *gamma, *beta, *sum_dy, *sum_dy_xhat;
   double count;
 };
 
@@ -683,10 +727,10 @@ inline void normalize_with(const Work& work, const CoefficientTable<T>& table, V
                            bool stream) {
   if (stream)
     work(table,
-         NormalizeWriter<T, Activation, Residual, Scaled, true>{x, residual, {}, y, activation});
+         NormalizeWriter<T, Activation, Residual, Scaled, true>{x, residual, y, activation});
   else
     work(table,
-         NormalizeWriter<T, Activation, Residual, Scaled, false>{x, residual, {}, y, activation});
+         NormalizeWriter<T, Activation, Residual, Scaled, false>{x, residual, y, activation});
 }
 
 /* The coefficients of z in a group; whether a unit is not 1. */
@@ -735,32 +779,6 @@ inline void normalize_work(const Work& work, View<const T> x, View<const T> resi
 #undef BNCORE_WORK
 }
 
-/* dz of one cell, where y = activation(z). */
-template <class T, class Activation>
-inline void activation_gradient_with(const JustWrite<T>& work, const CoefficientTable<T>& table,
-                                     View<const T> dy, View<const T> x, View<const T> residual,
-                                     View<T> dz, const Activation& activation) {
-  if (residual.data)
-    work(table, NormalizeWriter<T, Activation, true, true, false, true>{x, residual, dy, dz,
-                                                                        activation});
-  else
-    work(table, NormalizeWriter<T, Activation, false, true, false, true>{x, residual, dy, dz,
-                                                                         activation});
-}
-
-template <class T>
-inline void activation_gradient_block(const Grid& grid, View<const T> dy, View<const T> x,
-                                      View<const T> residual, View<T> dz,
-                                      const NormalizeParameters& p, Epilogue epilogue,
-                                      ptrdiff_t group, ptrdiff_t block) {
-  CoefficientTable<T> table;
-  fill_normalize<T>(grid, p, group, true, &table);
-  const JustWrite<T> work = {grid, group, block};
-  if (epilogue.activation == 1)
-    activation_gradient_with(work, table, dy, x, residual, dz, Clip<T>(epilogue));
-  else activation_gradient_with(work, table, dy, x, residual, dz, LeakyRelu<T>(epilogue));
-}
-
 template <class T>
 inline void normalize_block(const Grid& grid, View<const T> x, View<const T> residual, View<T> y,
                             const NormalizeParameters& p, Epilogue epilogue, bool stream,
@@ -779,53 +797,144 @@ inline void normalize_and_sum_block(const Grid& grid, View<const T> x, View<cons
                  p, epilogue, stream);
 }
 
-/* dx of one cell. */
-template <class T, class Work>
-inline void gradient_work(const Work& work, View<const T> dy, View<const T> x, View<T> dx,
-                          const GradientParameters& p, bool stream) {
-  typedef typename Element<T>::Real Real;
-  const Grid& grid = work.grid;
-  const ptrdiff_t first = grid.first_channel(work.group), last = grid.last_channel(work.group);
-  CoefficientTable<T> table;
+/* What a backward pass reads. */
+template <class T> struct BackwardInput {
+  View<const T> dy, x, residual; // no residual: null
+  Epilogue epilogue;
+
+  /* Calls visit with where dz comes from. */
+  template <class Visit> void visit(const Visit& visit_from) const {
+    const Gate<T> gate(epilogue);
+    if (epilogue.activation == 0) visit_from(PlainGradient<T>{dy});
+    else if (residual.data) visit_from(GatedGradient<T, true>{dy, x, residual, gate});
+    else visit_from(GatedGradient<T, false>{dy, x, residual, gate});
+  }
+};
+
+/* The scale of a channel's gradient. */
+inline double gradient_scale(const GradientParameters& p, ptrdiff_t c) {
+  return p.gamma ? p.gamma[c] * p.inv_std[c] : p.inv_std[c];
+}
+
+/* The coefficients of dz in a group, beyond those of fill_centre. */
+template <class T>
+inline void fill_gate(const Grid& grid, const GradientParameters& p, ptrdiff_t group, bool scaled,
+                      const double* unit, CoefficientTable<T>* table) {
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
+  if (!scaled) fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return gradient_scale(p, first + c) / unit[c]; },
+            table->row[kGateScale]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
+            table->row[kGateOffset]);
+}
+
+/* The coefficients of dz alone. */
+template <class T>
+inline void fill_gate_alone(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
+                            CoefficientTable<T>* table) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   double unit[kMaxLine];
-  fill_line(grid, last - first, [&](ptrdiff_t c) {
-    return p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
-  }, table.row[kScale]);
-  const bool scaled = fill_centre<T>(grid, p, first, last, unit, &table);
+  const bool scaled = fill_centre<T>(grid, p, first, last, unit, table);
+  fill_gate<T>(grid, p, group, scaled, unit, table);
+}
+
+/* The sums of one cell: dz and dz (x - mean). */
+template <class T>
+inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
+                         const GradientParameters& p, ptrdiff_t group, ptrdiff_t block,
+                         double* partial) {
+  input.visit([&](const auto& from) {
+    typedef std::decay_t<decltype(from)> From;
+    const auto sum = [&](const CoefficientTable<T>* table) {
+      sum_block<T>(grid,
+                   BackwardTerms<T, From>{from, input.x, p.mean, p.mean_lo, table,
+                                          grid.first_channel(group)},
+                   input.x.n_stride, group, block, partial);
+    };
+    if constexpr (std::is_same_v<From, PlainGradient<T>>) return sum(nullptr);
+    CoefficientTable<T> table;
+    fill_gate_alone(grid, p, group, &table);
+    sum(&table);
+  });
+}
+
+/* dz of one cell. */
+template <class T>
+inline void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> dz,
+                       const GradientParameters& p, ptrdiff_t group, ptrdiff_t block) {
+  CoefficientTable<T> table;
+  fill_gate_alone(grid, p, group, &table);
+  input.visit([&](const auto& from) {
+    JustWrite<T>{grid, group, block}(table, GateWriter<T, std::decay_t<decltype(from)>>{from, dz});
+  });
+}
+
+/* The coefficients of dx in a group; whether a unit is not 1. */
+template <class T>
+inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
+                          bool gated, CoefficientTable<T>* table) {
+  typedef typename Element<T>::Real Real;
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
+  double unit[kMaxLine];
+  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
   const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
-  fill_line(grid, last - first, shift_hi, table.row[kShiftHi]);
-  fill_line(grid, last - first, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
-            table.row[kShiftLo]);
-  fill_line(grid, last - first, [&](ptrdiff_t c) {
+  fill_line(grid, channels, [&](ptrdiff_t c) { return gradient_scale(p, first + c); },
+            table->row[kScale]);
+  fill_line(grid, channels, shift_hi, table->row[kShiftHi]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
+            table->row[kShiftLo]);
+  fill_line(grid, channels, [&](ptrdiff_t c) {
     return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
-  }, table.row[kSlope]);
-  if (scaled) {
-    if (stream) work(table, GradientWriter<T, true, true>{dy, x, dx});
-    else work(table, GradientWriter<T, true, false>{dy, x, dx});
+  }, table->row[kSlope]);
+  if (gated) fill_gate<T>(grid, p, group, scaled, unit, table);
+  return scaled;
+}
+
+/* dx of one cell. */
+template <class T, class Work, class From>
+inline void gradient_work(const Work& work, const From& from, View<const T> x, View<T> dx,
+                          const GradientParameters& p, bool stream) {
+  constexpr bool gated = !std::is_same_v<From, PlainGradient<T>>;
+  CoefficientTable<T> table;
+  const bool scaled = fill_gradient<T>(work.grid, p, work.group, gated, &table);
+  if (scaled || gated) {
+    if (stream) work(table, GradientWriter<T, true, true, From>{from, x, dx});
+    else work(table, GradientWriter<T, true, false, From>{from, x, dx});
   } else {
-    if (stream) work(table, GradientWriter<T, false, true>{dy, x, dx});
-    else work(table, GradientWriter<T, false, false>{dy, x, dx});
+    if (stream) work(table, GradientWriter<T, gated, true, From>{from, x, dx});
+    else work(table, GradientWriter<T, gated, false, From>{from, x, dx});
   }
 }
 
 template <class T>
-inline void gradient_block(const Grid& grid, View<const T> dy, View<const T> x, View<T> dx,
+inline void gradient_block(const Grid& grid, const BackwardInput<T>& input, View<T> dx,
                            const GradientParameters& p, bool stream, ptrdiff_t group,
                            ptrdiff_t block) {
-  gradient_work(JustWrite<T>{grid, group, block}, dy, x, dx, p, stream);
+  input.visit([&](const auto& from) {
+    gradient_work(JustWrite<T>{grid, group, block}, from, input.x, dx, p, stream);
+  });
 }
 
 /* dx of one cell, and the gradient's sums of the same cell of group `next`. */
 template <class T>
-inline void gradient_and_sum_block(const Grid& grid, View<const T> dy, View<const T> x,
-                                   View<T> dx, const GradientParameters& p, bool stream,
-                                   ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
-                                   double* partial) {
-  typedef WriteAndSum<T, BackwardTerms<T>> Work;
-  gradient_work(
-      Work{grid, group, block, next, {dy, x, p.mean, p.mean_lo}, x.n_stride, partial}, dy, x, dx,
-      p, stream);
+inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& input, View<T> dx,
+                                   const GradientParameters& p, bool stream, ptrdiff_t group,
+                                   ptrdiff_t block, ptrdiff_t next, double* partial) {
+  input.visit([&](const auto& from) {
+    typedef std::decay_t<decltype(from)> From;
+    typedef BackwardTerms<T, From> Terms;
+    const auto work = [&](const CoefficientTable<T>* table) {
+      const Terms terms = {from, input.x, p.mean, p.mean_lo, table, grid.first_channel(next)};
+      gradient_work(
+          WriteAndSum<T, Terms>{grid, group, block, next, terms, input.x.n_stride, partial}, from,
+          input.x, dx, p, stream);
+    };
+    if constexpr (std::is_same_v<From, PlainGradient<T>>) return work(nullptr);
+    CoefficientTable<T> table;
+    fill_gate_alone(grid, p, next, &table);
+    work(&table);
+  });
 }
 
 /* dx = gamma inv_std dy of one cell: the statistics were constants. */
@@ -835,9 +944,8 @@ inline void fixed_gradient_block(const Grid& grid, View<const T> dy, View<T> dx,
                                  ptrdiff_t block) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table;
-  fill_line(grid, last - first, [&](ptrdiff_t c) {
-    return p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
-  }, table.row[kScale]);
+  fill_line(grid, last - first, [&](ptrdiff_t c) { return gradient_scale(p, first + c); },
+            table.row[kScale]);
   const JustWrite<T> work = {grid, group, block};
   if (stream) work(table, FixedGradientWriter<T, true>{dy, dx});
   else work(table, FixedGradientWriter<T, false>{dy, dx});

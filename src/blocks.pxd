@@ -36,9 +36,14 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         const double* mean_lo
         const double* inv_std
         const double* gamma
+        const double* beta
         const double* sum_dy
         const double* sum_dy_xhat
         double count
+
+    cppclass BackwardInput[T]:
+        View[const T] dy, x, residual
+        Epilogue epilogue
 
     # partial: (blocks, 4, C) sums, merged by the finish functions of a group
     double pilot[T](const Grid&, View[const T], ptrdiff_t channel)
@@ -52,28 +57,27 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     void normalize_block[T](const Grid&, View[const T], View[const T] residual, View[T],
                             const NormalizeParameters&, Epilogue, bint stream, ptrdiff_t group,
                             ptrdiff_t block)
-    void activation_gradient_block[T](const Grid&, View[const T] dy, View[const T],
-                                      View[const T] residual, View[T], const NormalizeParameters&,
-                                      Epilogue, ptrdiff_t group, ptrdiff_t block)
-    void reduce_block[T](const Grid&, View[const T] dy, View[const T], const double* mean,
-                         const double* mean_lo, ptrdiff_t group, ptrdiff_t block, double* partial)
+    void reduce_block[T](const Grid&, const BackwardInput[T]&, const GradientParameters&,
+                         ptrdiff_t group, ptrdiff_t block, double* partial)
     void finish_sums(const Grid&, double* partial, const double* inv_std, ptrdiff_t group,
                      double* sum_dy, double* sum_dy_xhat)
-    void gradient_block[T](const Grid&, View[const T] dy, View[const T], View[T],
+    void gate_block[T](const Grid&, const BackwardInput[T]&, View[T] dz,
+                       const GradientParameters&, ptrdiff_t group, ptrdiff_t block)
+    void gradient_block[T](const Grid&, const BackwardInput[T]&, View[T] dx,
                            const GradientParameters&, bint stream, ptrdiff_t group,
                            ptrdiff_t block)
+    void fixed_gradient_block[T](const Grid&, View[const T] dy, View[T] dx,
+                                 const GradientParameters&, bint stream, ptrdiff_t group,
+                                 ptrdiff_t block)
 
     # The same with the sums of another group's cell, where grid.pairs(group, next).
     void normalize_and_sum_block[T](const Grid&, View[const T], View[const T] residual, View[T],
                                     const NormalizeParameters&, Epilogue, bint stream,
                                     ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
                                     const double* shift, double* partial)
-    void gradient_and_sum_block[T](const Grid&, View[const T] dy, View[const T], View[T],
+    void gradient_and_sum_block[T](const Grid&, const BackwardInput[T]&, View[T] dx,
                                    const GradientParameters&, bint stream, ptrdiff_t group,
                                    ptrdiff_t block, ptrdiff_t next, double* partial)
-    void fixed_gradient_block[T](const Grid&, View[const T] dy, View[T],
-                                 const GradientParameters&, bint stream, ptrdiff_t group,
-                                 ptrdiff_t block)
     cppclass Tickets:
         void set_batch(const Grid&, ptrdiff_t itemsize, ptrdiff_t threads)
     cppclass Turns:

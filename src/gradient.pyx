@@ -13,13 +13,14 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, fill_gradient, fresh_like, gradient_like, kind_of,
-    plain_input, plain_like, plain_output, plain_parameter, plain_view, pointer, read_only,
-    same_or_apart, shape_of, view_of, worth,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, epilogue_of, fill_gradient,
+    fresh_like, gradient_like, kind_of, no_epilogue, plain_input, plain_like, plain_output,
+    plain_parameter, plain_view, pointer, read_only, same_or_apart, shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, GradientParameters, Grid, Half, Tickets, Turns, View, element, finish_sums,
-    fixed_gradient_block, gradient_and_sum_block, gradient_block, map_grid, reduce_block, sum_grid,
+    BackwardInput, BFloat16, Epilogue, GradientParameters, Grid, Half, Tickets, Turns, View,
+    element, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block, gradient_block,
+    map_grid, reduce_block, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
 
@@ -28,36 +29,32 @@ cnp.import_array()
 
 cdef void reduce_all(
     const Grid& grid,
-    View[const element] dy,     # (N, C, S)
-    View[const element] x,      # (N, C, S)
-    const double* mean,         # (C,)
-    const double* mean_lo,      # (C,)
-    const double* inv_std,      # (C,)
-    double* partial,            # (blocks, 4, C), scratch
-    double* sum_dy,             # (C,)
-    double* sum_dy_xhat,        # (C,)
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    double* partial,                        # (blocks, 4, C), scratch
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
     int num_threads,
 ) noexcept nogil:
-    """sum dy        sum dy x'        x' = (x - mean) inv_std"""
+    """sum dz        sum dz x'        x' = (x - mean) inv_std"""
     cdef ptrdiff_t cell, group
     with parallel(num_threads=num_threads):
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             reduce_block(
-                grid, dy, x, mean, mean_lo, cell // grid.blocks, cell % grid.blocks, partial
+                grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
             )
         for group in prange(grid.groups, schedule="static"):
-            finish_sums(grid, partial, inv_std, group, sum_dy, sum_dy_xhat)
+            finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
 
 
 cdef void apply_all(
     const Grid& grid,
-    View[const element] dy,     # (N, C, S)
-    View[const element] x,      # (N, C, S)
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
     const GradientParameters& parameters,
-    View[element] dx,           # (N, C, S)
+    View[element] dx,                       # (N, C, S)
     int num_threads,
 ) noexcept nogil:
-    """dx = gamma inv_std (dy - (sum_dy + x' sum_dy_xhat) / n)"""
+    """dx = gamma inv_std (dz - (sum_dy + x' sum_dy_xhat) / n)"""
     cdef ptrdiff_t cell
     cdef bint stream = is_streamed(grid, sizeof(element))
     for cell in prange(
@@ -65,69 +62,81 @@ cdef void apply_all(
     ):
         if parameters.sum_dy == NULL:
             fixed_gradient_block(
-                grid, dy, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+                grid, input.dy, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
             )
         else:
             gradient_block(
-                grid, dy, x, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+                grid, input, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
             )
+
+
+cdef void gate_all(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x, residual: (N, C, S)
+    const GradientParameters& parameters,
+    View[element] dz,                       # (N, C, S)
+    int num_threads,
+) noexcept nogil:
+    """dz = activation'(z) dy"""
+    cdef ptrdiff_t cell
+    for cell in prange(
+        grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
+    ):
+        gate_block(grid, input, dz, parameters, cell // grid.blocks, cell % grid.blocks)
 
 
 cdef void reduce_group(
     const Grid& grid,
-    View[const element] dy,     # (N, C, S)
-    View[const element] x,      # (N, C, S)
+    const BackwardInput[element]& input,    # dy, x, residual: (N, C, S)
     const GradientParameters& parameters,
     ptrdiff_t group,
-    double* partial,            # (blocks, 4, C)
+    double* partial,                        # (blocks, 4, C)
 ) noexcept nogil:
     cdef ptrdiff_t block
     for block in range(grid.blocks):
-        reduce_block(grid, dy, x, parameters.mean, parameters.mean_lo, group, block, partial)
+        reduce_block(grid, input, parameters, group, block, partial)
 
 
 cdef void differentiate_groups(
     const Grid& grid,
-    View[const element] dy,     # (N, C, S)
-    View[const element] x,      # (N, C, S)
+    const BackwardInput[element]& input,    # dy, x, residual: (N, C, S)
     const GradientParameters& parameters,
     bint stream,
-    double* partial,            # (blocks, 4, C), scratch
-    View[element] dx,           # (N, C, S)
-    double* sum_dy,             # (C,)
-    double* sum_dy_xhat,        # (C,)
+    double* partial,                        # (blocks, 4, C), scratch
+    View[element] dx,                       # (N, C, S)
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
     Tickets* tickets,
 ) noexcept nogil:
     """One thread's part: reduce a group, then apply it while the next one is reduced."""
     cdef Turns turns
     cdef ptrdiff_t block, following, group = turns.take(tickets)
     if group < grid.groups:
-        reduce_group(grid, dy, x, parameters, group, partial)
+        reduce_group(grid, input, parameters, group, partial)
     while group < grid.groups:
         finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
         following = turns.take(tickets)
         if grid.pairs(group, following):
             for block in range(grid.blocks):
                 gradient_and_sum_block(
-                    grid, dy, x, dx, parameters, stream, group, block, following, partial
+                    grid, input, dx, parameters, stream, group, block, following, partial
                 )
         else:
             for block in range(grid.blocks - 1, -1, -1):
-                gradient_block(grid, dy, x, dx, parameters, stream, group, block)
+                gradient_block(grid, input, dx, parameters, stream, group, block)
             if following < grid.groups:
-                reduce_group(grid, dy, x, parameters, following, partial)
+                reduce_group(grid, input, parameters, following, partial)
         group = following
 
 
 cdef void differentiate(
     const Grid& grid,
-    View[const element] dy,     # (N, C, S)
-    View[const element] x,      # (N, C, S)
+    const BackwardInput[element]& input,    # dy, x, residual: (N, C, S)
     const GradientParameters& parameters,
-    double* partial,            # (blocks, 4, C), scratch
-    View[element] dx,           # (N, C, S)
-    double* sum_dy,             # (C,)
-    double* sum_dy_xhat,        # (C,)
+    double* partial,                        # (blocks, 4, C), scratch
+    View[element] dx,                       # (N, C, S)
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
     int num_threads,
 ) noexcept nogil:
     """Both passes, group by group where a group stays in a cache."""
@@ -139,21 +148,36 @@ cdef void differentiate(
         tickets.set_batch(grid, sizeof(element), num_threads)
         with parallel(num_threads=num_threads):
             differentiate_groups(
-                grid, dy, x, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets
+                grid, input, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets
             )
         return
     with parallel(num_threads=num_threads):
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             reduce_block(
-                grid, dy, x, parameters.mean, parameters.mean_lo,
-                cell // grid.blocks, cell % grid.blocks, partial,
+                grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
             )
         for group in prange(grid.groups, schedule="static"):
             finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
         for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
             gradient_block(
-                cells, dy, x, dx, parameters, stream, cell // cells.blocks, cell % cells.blocks
+                cells, input, dx, parameters, stream, cell // cells.blocks, cell % cells.blocks
             )
+
+
+cdef inline BackwardInput[element] input_of(
+    View[element] dy, View[element] x, View[element] residual, Epilogue epilogue
+) noexcept:
+    cdef BackwardInput[element] input
+    input.dy, input.x = read_only(dy), read_only(x)
+    input.residual, input.epilogue = read_only(residual), epilogue
+    return input
+
+
+cdef inline BackwardInput[element] plain_input_of(View[element] dy, View[element] x) noexcept:
+    """Without residual and activation."""
+    cdef View[element] none
+    none.data = NULL
+    return input_of(dy, x, none, no_epilogue())
 
 
 cdef double* scratch_for(const Grid& grid) except NULL:
@@ -164,18 +188,15 @@ cdef double* scratch_for(const Grid& grid) except NULL:
 
 
 cdef int reduce_as(
-    element* like, cnp.ndarray dy, cnp.ndarray x, const double[::1] mean, const double* mean_lo,
-    const double[::1] inv_std, double[:, ::1] sums, int num_threads,
+    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters,
+    double[:, ::1] sums, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef View[element] dy_view = view_of(dy, like), x_view = view_of(x, like)
+    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like))
     cdef double* partial = scratch_for(grid)
     with nogil:
-        reduce_all(
-            grid, read_only(dy_view), read_only(x_view), &mean[0], mean_lo, &inv_std[0], partial,
-            &sums[0, 0], &sums[1, 0], num_threads,
-        )
+        reduce_all(grid, input, parameters, partial, &sums[0, 0], &sums[1, 0], num_threads)
     PyMem_Free(partial)
     return 0
 
@@ -191,16 +212,29 @@ def reduce(
         return
     if mean_lo is None:
         mean_lo = zeros(mean.shape[0])
-    cdef const double* lower = pointer(mean_lo)
+    cdef GradientParameters parameters = parameters_of(mean, mean_lo, inv_std, None, None)
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        reduce_as(<float*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+        reduce_as(<float*> NULL, dy, x, parameters, sums, num_threads)
     elif kind == FLOAT64:
-        reduce_as(<double*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+        reduce_as(<double*> NULL, dy, x, parameters, sums, num_threads)
     elif kind == FLOAT16:
-        reduce_as(<Half*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+        reduce_as(<Half*> NULL, dy, x, parameters, sums, num_threads)
     else:
-        reduce_as(<BFloat16*> NULL, dy, x, mean, lower, inv_std, sums, num_threads)
+        reduce_as(<BFloat16*> NULL, dy, x, parameters, sums, num_threads)
+
+
+cdef GradientParameters parameters_of(
+    const double[::1] mean, const double[::1] mean_lo, const double[::1] inv_std,
+    const double[::1] gamma, const double[::1] beta,
+) noexcept:
+    cdef GradientParameters parameters
+    parameters.mean, parameters.mean_lo = pointer(mean), pointer(mean_lo)
+    parameters.inv_std = pointer(inv_std)
+    parameters.gamma, parameters.beta = pointer(gamma), pointer(beta)
+    parameters.sum_dy = parameters.sum_dy_xhat = NULL
+    parameters.count = 0
+    return parameters
 
 
 cdef object zeros(ptrdiff_t channels):
@@ -214,10 +248,10 @@ cdef int apply_as(
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef View[element] dy_view = view_of(dy, like), x_view = view_of(x, like)
+    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like))
     cdef View[element] dx_view = view_of(dx, like)
     with nogil:
-        apply_all(grid, read_only(dy_view), read_only(x_view), parameters, dx_view, num_threads)
+        apply_all(grid, input, parameters, dx_view, num_threads)
     return 0
 
 
@@ -229,10 +263,7 @@ def apply(
     """The gradient of the input from the two sums; see `bncore.reference.apply`."""
     if not cnp.PyArray_SIZE(x):
         return
-    cdef GradientParameters parameters
-    parameters.mean, parameters.mean_lo = pointer(mean), pointer(mean_lo)
-    parameters.inv_std, parameters.gamma = pointer(inv_std), pointer(gamma)
-    parameters.sum_dy = parameters.sum_dy_xhat = NULL
+    cdef GradientParameters parameters = parameters_of(mean, mean_lo, inv_std, gamma, None)
     if sums is not None:
         parameters.sum_dy, parameters.sum_dy_xhat = &sums[0, 0], &sums[1, 0]
     parameters.count = count
@@ -247,22 +278,59 @@ def apply(
         apply_as(<BFloat16*> NULL, dy, x, parameters, dx, num_threads)
 
 
+cdef int gate_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters,
+    cnp.ndarray residual, Epilogue epilogue, cnp.ndarray dz, int num_threads,
+) except -1:
+    cdef Shape shape = shape_of(x)
+    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef BackwardInput[element] input = input_of(
+        view_of(dy, like), view_of(x, like), view_of(residual, like), epilogue
+    )
+    cdef View[element] dz_view = view_of(dz, like)
+    with nogil:
+        gate_all(grid, input, parameters, dz_view, num_threads)
+    return 0
+
+
+def activation_backward(
+    cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
+    const double[::1] mean_lo, const double[::1] inv_std not None, const double[::1] gamma,
+    const double[::1] beta, cnp.ndarray residual, activation, cnp.ndarray dz not None,
+    int num_threads,
+):
+    """The gradient of an activation; see `bncore.reference.activation_backward`."""
+    if not cnp.PyArray_SIZE(x):
+        return
+    cdef Epilogue epilogue = epilogue_of(activation)
+    cdef GradientParameters parameters = parameters_of(mean, mean_lo, inv_std, gamma, beta)
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        gate_as(<float*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+    elif kind == FLOAT64:
+        gate_as(<double*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+    elif kind == FLOAT16:
+        gate_as(<Half*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+    else:
+        gate_as(<BFloat16*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+
+
 cdef int backward_with_scratch(
-    View[element] dy, View[element] x, Shape shape, const double* stats, const double* gamma,
-    double count, View[element] dx, double* sums, int num_threads,
+    BackwardInput[element] input, Shape shape, const double* stats, const double* gamma,
+    const double* beta, double count, View[element] dx, double* sums, int num_threads,
 ) except -1:
     """`differentiate` with its scratch, and the statistics that a forward pass wrote."""
     cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
     cdef GradientParameters parameters
     parameters.mean, parameters.mean_lo = stats, stats + shape.channels
-    parameters.inv_std, parameters.gamma = stats + 3 * shape.channels, gamma
+    parameters.inv_std = stats + 3 * shape.channels
+    parameters.gamma, parameters.beta = gamma, beta
     parameters.sum_dy, parameters.sum_dy_xhat = sums, sums + shape.channels
     parameters.count = count
     cdef double* partial = scratch_for(grid)
     with nogil:
         differentiate(
-            grid, read_only(dy), read_only(x), parameters, partial, dx, sums,
-            sums + shape.channels, num_threads,
+            grid, input, parameters, partial, dx, sums, sums + shape.channels, num_threads
         )
     PyMem_Free(partial)
     return 0
@@ -270,42 +338,61 @@ cdef int backward_with_scratch(
 
 cdef int backward_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, const double[:, ::1] stats,
-    const double[::1] gamma, double count, cnp.ndarray dx, double[:, ::1] sums, int num_threads,
+    const double[::1] gamma, const double[::1] beta, cnp.ndarray residual, Epilogue epilogue,
+    double count, cnp.ndarray dx, double[:, ::1] sums, int num_threads,
 ) except -1:
+    cdef BackwardInput[element] input = input_of(
+        view_of(dy, like), view_of(x, like), view_of(residual, like), epilogue
+    )
     return backward_with_scratch(
-        view_of(dy, like), view_of(x, like), shape_of(x), &stats[0, 0], pointer(gamma), count,
-        view_of(dx, like), &sums[0, 0], num_threads,
+        input, shape_of(x), &stats[0, 0], pointer(gamma), pointer(beta), count, view_of(dx, like),
+        &sums[0, 0], num_threads,
     )
 
 
 def backward(
     cnp.ndarray dy not None, cnp.ndarray x not None, const double[:, ::1] stats not None,
-    const double[::1] gamma, double count, cnp.ndarray dx not None, double[:, ::1] sums not None,
-    int num_threads,
+    const double[::1] gamma, const double[::1] beta, cnp.ndarray residual, activation,
+    double count, cnp.ndarray dx not None, double[:, ::1] sums not None, int num_threads,
 ):
     """`reduce` and `apply` at once; see `bncore.reference.backward`."""
     if not cnp.PyArray_SIZE(x):
         sums[:, :] = 0
         return
+    cdef Epilogue epilogue = epilogue_of(activation)
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        backward_as(<float*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+        backward_as(
+            <float*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
+            num_threads,
+        )
     elif kind == FLOAT64:
-        backward_as(<double*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+        backward_as(
+            <double*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
+            num_threads,
+        )
     elif kind == FLOAT16:
-        backward_as(<Half*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+        backward_as(
+            <Half*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
+            num_threads,
+        )
     else:
-        backward_as(<BFloat16*> NULL, dy, x, stats, gamma, count, dx, sums, num_threads)
+        backward_as(
+            <BFloat16*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
+            num_threads,
+        )
 
 
 cdef int backward_plain_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, const double* stats,
     const double* gamma, cnp.ndarray dx, double* sums, int num_threads,
 ) except -1:
+    cdef BackwardInput[element] input = plain_input_of(
+        plain_view(dy, shape, like), plain_view(x, shape, like)
+    )
     return backward_with_scratch(
-        plain_view(dy, shape, like), plain_view(x, shape, like), shape, stats, gamma,
-        <double> (shape.outer * shape.inner), plain_view(dx, shape, like), sums,
-        worth(shape, num_threads),
+        input, shape, stats, gamma, NULL, <double> (shape.outer * shape.inner),
+        plain_view(dx, shape, like), sums, worth(shape, num_threads),
     )
 
 

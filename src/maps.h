@@ -1,14 +1,13 @@
 /* Maps: what is computed of every element once the sums are known, and how it is stored.
  *
- *   Normalize   y  = act(z), or dz = act'(z) dy
- *               z  = ((x - mean_hi) - mean_lo) scale + offset [+ residual]
- *   Gradient    dx = scale ((dy - shift_hi) - shift_lo - ((x - mean_hi) - mean_lo) slope)
+ *   Normalize      y  = act(z)
+ *   JustGate       dz = act'(z) dy
+ *   Gradient       dx = scale ((dz - shift_hi) - shift_lo - ((x - mean_hi) - mean_lo) slope)
+ *   FixedGradient  dx = scale dy
  *
- * The mean is subtracted in two steps, hi then lo, and never folded into the offset: x - mean_hi
- * is exact or nearly so where x is near the mean, which is where a x + b would cancel.
- *
- * Coefficients are one value for a whole row (channel-major) or one value per channel (columns);
- * a map does not care which.
+ * z is in activations.h. The mean is subtracted in two steps, hi then lo, and never folded into
+ * the offset: x - mean_hi is exact or nearly so where x is near the mean, which is where a x + b
+ * would cancel.
  */
 #ifndef BNCORE_MAPS_H
 #define BNCORE_MAPS_H
@@ -17,104 +16,43 @@
 
 namespace bncore {
 
-/* ----------------------------------------------------------------------------- coefficients */
-
-/* One value for all elements of a row. */
-template <class T> struct Uniform {
-  typename Element<T>::Real value;
-  typename Element<T>::Vec at(ptrdiff_t) const { return value - typename Element<T>::Vec{}; }
-};
-
-/* A value per place of a line, padded to whole vectors. */
-template <class T> struct PerPlace {
-  const typename Element<T>::Real* values;
-  typename Element<T>::Vec at(ptrdiff_t i) const {
-    return load_unaligned<typename Element<T>::Vec>(values + i);
-  }
-};
-
-/* ------------------------------------------------------------------------------ activations */
-
-/* What is applied after gamma and beta. */
-struct Epilogue {
-  int activation; // 0 none, 1 clip to [a, b], 2 slope a below zero
-  double a, b;
-};
-
-/* Each gives the activation of z and, for the backward pass, dy where z passes and what the
- * activation makes of it elsewhere. Comparisons are written so that a NaN stays one. */
-template <class T> struct Identity {
-  typedef typename Element<T>::Vec Vec;
-  Vec operator()(Vec z) const { return z; }
-  Vec gradient(Vec, Vec dy) const { return dy; }
-};
-
-template <class T> struct Clip {
-  typedef typename Element<T>::Vec Vec;
-  typename Element<T>::Real low, high;
-  explicit Clip(Epilogue e)
-      : low(static_cast<decltype(low)>(e.a)), high(static_cast<decltype(high)>(e.b)) {}
-  Vec operator()(Vec z) const {
-    Vec floor = low - Vec{}, ceiling = high - Vec{};
-    z = z < floor ? floor : z;
-    return z > ceiling ? ceiling : z;
-  }
-  Vec gradient(Vec z, Vec dy) const {
-    Vec floor = low - Vec{}, ceiling = high - Vec{}, zero = {};
-    return (z <= floor) | (z >= ceiling) ? zero : dy;
-  }
-};
-
-template <class T> struct LeakyRelu {
-  typedef typename Element<T>::Vec Vec;
-  typename Element<T>::Real slope;
-  explicit LeakyRelu(Epilogue e) : slope(static_cast<decltype(slope)>(e.a)) {}
-  Vec operator()(Vec z) const { return z < Vec{} ? z * slope : z; }
-  Vec gradient(Vec z, Vec dy) const { return z <= Vec{} ? dy * slope : dy; }
-};
-
 /* ------------------------------------------------------------------------------------- maps */
 
-template <bool Whole, class T>
-inline typename Element<T>::Vec load(const T* p, int k) {
-  return Whole ? Element<T>::load(p) : Element<T>::load_part(p, k);
-}
-
-/* Scaled: x is first multiplied by a power of two, see unit_of in blocks.h. With dy, the gradient
- * of the activation is what comes out. */
-template <class T, template <class> class Coefficient, class Activation, bool Residual,
-          bool Scaled, bool Backward = false>
+template <class T, template <class> class Coefficient, class Activation, bool Residual, bool Scaled>
 struct Normalize {
-  const T* x;
-  const T* residual;
-  const T* dy;
-  Coefficient<T> mean_hi, mean_lo, scale, offset, unit;
+  Latent<T, Coefficient, Residual, Scaled> latent;
   Activation activation;
 
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
-    auto v = load<Whole>(x + i, k);
-    if (Scaled) v *= unit.at(i);
-    auto z = fma((v - mean_hi.at(i)) - mean_lo.at(i), scale.at(i), offset.at(i));
-    if (Residual) z += load<Whole>(residual + i, k);
-    if (Backward) return activation.gradient(z, load<Whole>(dy + i, k));
-    return activation(z);
+    return activation(latent.template z<typename Element<T>::Vec, Whole>(i, k));
   }
 };
 
-template <class T, template <class> class Coefficient, bool Scaled>
+/* Source gives dz, see activations.h. */
+template <class T, template <class> class Coefficient, bool Scaled, class Source>
 struct Gradient {
-  const T* dy;
+  typedef typename Element<T>::Vec Vec;
+  Source source;
   const T* x;
   Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale, unit;
 
+  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+    Vec v = load_as<Vec, Whole>(x + i, k);
+    if (Scaled) v *= unit.at(i);
+    const Vec d = (v - mean_hi.at(i)) - mean_lo.at(i);
+    const Vec g = (source.template dz<Vec, Whole>(i, k) - shift_hi.at(i)) - shift_lo.at(i);
+    return fma(-d, slope.at(i), g) * scale.at(i);
+  }
+};
+
+/* dz itself. */
+template <class T, class Source> struct JustGate {
+  Source source;
+
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
-    auto v = load<Whole>(x + i, k);
-    if (Scaled) v *= unit.at(i);
-    auto d = (v - mean_hi.at(i)) - mean_lo.at(i);
-    auto g = (load<Whole>(dy + i, k) - shift_hi.at(i)) - shift_lo.at(i);
-    return fma(-d, slope.at(i), g) * scale.at(i);
+    return source.template dz<typename Element<T>::Vec, Whole>(i, k);
   }
 };
 
@@ -126,7 +64,7 @@ struct FixedGradient {
 
   template <bool Whole>
   typename Element<T>::Vec at(ptrdiff_t i, int k) const {
-    return load<Whole>(dy + i, k) * scale.at(i);
+    return load_as<typename Element<T>::Vec, Whole>(dy + i, k) * scale.at(i);
   }
 };
 

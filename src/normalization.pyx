@@ -23,7 +23,7 @@ from arguments cimport (
 )
 from blocks cimport (
     BFloat16, Epilogue, Grid, Half, NormalizeParameters, Tickets, Turns, View,
-    activation_gradient_block, element, finish_inv_std, finish_moments, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot,
+    element, finish_inv_std, finish_moments, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot,
     sum_grid,
 )
 from traffic cimport is_resident, is_streamed
@@ -317,56 +317,6 @@ def normalize(
         normalize_as(<Half*> NULL, x, parameters, residual, epilogue, y, num_threads)
     else:
         normalize_as(<BFloat16*> NULL, x, parameters, residual, epilogue, y, num_threads)
-
-
-cdef int activation_backward_as(
-    element* like, cnp.ndarray dy, cnp.ndarray x, NormalizeParameters parameters,
-    cnp.ndarray residual, Epilogue epilogue, cnp.ndarray dz, int num_threads,
-) except -1:
-    cdef Shape shape = shape_of(x)
-    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef View[element] dy_view = view_of(dy, like), x_view = view_of(x, like)
-    cdef View[element] residual_view = view_of(residual, like), dz_view = view_of(dz, like)
-    cdef ptrdiff_t cell
-    with nogil:
-        for cell in prange(
-            grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
-        ):
-            activation_gradient_block(
-                grid, read_only(dy_view), read_only(x_view), read_only(residual_view), dz_view,
-                parameters, epilogue, cell // grid.blocks, cell % grid.blocks,
-            )
-    return 0
-
-
-def activation_backward(
-    cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
-    const double[::1] mean_lo, const double[::1] inv_std not None, const double[::1] gamma,
-    const double[::1] beta, cnp.ndarray residual, activation, cnp.ndarray dz not None,
-    int num_threads,
-):
-    """The gradient of an activation; see `bncore.reference.activation_backward`."""
-    if not cnp.PyArray_SIZE(x):
-        return
-    cdef Epilogue epilogue = epilogue_of(activation)
-    cdef NormalizeParameters parameters = parameters_of(mean, mean_lo, inv_std, gamma, beta)
-    cdef Kind kind = kind_of(x)
-    if kind == FLOAT32:
-        activation_backward_as(
-            <float*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads
-        )
-    elif kind == FLOAT64:
-        activation_backward_as(
-            <double*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads
-        )
-    elif kind == FLOAT16:
-        activation_backward_as(
-            <Half*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads
-        )
-    else:
-        activation_backward_as(
-            <BFloat16*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads
-        )
 
 
 def normalize_plain(x, mean, var, gamma, beta, axis, eps, out, int num_threads):

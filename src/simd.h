@@ -4,9 +4,10 @@
  * NEON code from one source by the flags of the tier; intrinsics stand only where the extensions
  * have no word: partial loads and stores, streaming stores, half precision.
  *
- * An element type T (float, double, Half, BFloat16) has two vector views:
- *   Wide  - kWide elements as float64, for sums
- *   Vec   - kLanes elements in the type of the apply loops (float64 for double, else float32)
+ * An element type T (float, double, Half, BFloat16) has three vector views:
+ *   Wide   - kWide elements as float64, for sums
+ *   Vec    - kLanes elements in the type of the maps (float64 for double, else float32)
+ *   Narrow - kWide elements in that type
  */
 #ifndef BNCORE_SIMD_H
 #define BNCORE_SIMD_H
@@ -43,8 +44,6 @@ constexpr int kFloats = kVectorBytes / 4; // float32 in a vector
 typedef double Wide __attribute__((vector_size(kVectorBytes)));
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2))); // kWide floats
-typedef int64_t WideMask __attribute__((vector_size(kVectorBytes)));
-typedef int32_t FloatsMask __attribute__((vector_size(kVectorBytes)));
 
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
@@ -84,6 +83,16 @@ BNCORE_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+BNCORE_INLINE HalfFloats fma(HalfFloats a, HalfFloats b, HalfFloats c) {
+#if defined(__AVX512VL__)
+  return (HalfFloats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__AVX2__)
+  return (HalfFloats)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#else
+  return a * b + c;
+#endif
+}
+
 /* gcc 12 splits __builtin_convertvector into halves, hence the intrinsics. */
 inline Wide to_wide(HalfFloats v) {
 #if defined(__AVX512VL__)
@@ -94,6 +103,16 @@ inline Wide to_wide(HalfFloats v) {
   return __builtin_convertvector(v, Wide);
 #endif
 }
+
+inline Wide to_wide(Wide v) { return v; }
+
+/* The first kWide of kFloats. */
+inline HalfFloats low_half(Floats v) {
+  HalfFloats low;
+  std::memcpy(&low, &v, sizeof(low));
+  return low;
+}
+inline Wide low_half(Wide v) { return v; }
 
 template <class T>
 inline void stream_vector(T* p, Floats v) {
@@ -149,14 +168,15 @@ template <class T> struct Element;
 template <> struct Element<float> {
   typedef float Real;
   typedef Floats Vec;
-  typedef FloatsMask Mask;
+  typedef HalfFloats Narrow;
   static constexpr int kLanes = kFloats;
 
   static double wide(float v) { return v; }
   static Real real(float v) { return v; }
   static float narrow(Real v) { return v; }
 
-  static Wide load_wide(const float* p) { return to_wide(load_unaligned<HalfFloats>(p)); }
+  static Narrow load_narrow(const float* p) { return load_unaligned<Narrow>(p); }
+  static Wide load_wide(const float* p) { return to_wide(load_narrow(p)); }
   static Vec load(const float* p) { return load_unaligned<Vec>(p); }
   static void store(float* p, Vec v) { store_unaligned(p, v); }
   static void stream(float* p, Vec v) { stream_vector(p, v); }
@@ -187,14 +207,15 @@ template <> struct Element<float> {
 template <> struct Element<double> {
   typedef double Real;
   typedef Wide Vec;
-  typedef WideMask Mask;
+  typedef Wide Narrow;
   static constexpr int kLanes = kWide;
 
   static double wide(double v) { return v; }
   static Real real(double v) { return v; }
   static double narrow(Real v) { return v; }
 
-  static Wide load_wide(const double* p) { return load_unaligned<Wide>(p); }
+  static Narrow load_narrow(const double* p) { return load_unaligned<Wide>(p); }
+  static Wide load_wide(const double* p) { return load_narrow(p); }
   static Vec load(const double* p) { return load_unaligned<Vec>(p); }
   static void store(double* p, Vec v) { store_unaligned(p, v); }
   static void stream(double* p, Vec v) { stream_vector(p, (Floats)v); }
@@ -279,7 +300,7 @@ inline Bits16 narrow(Floats v, Half) {
 template <class T> struct SixteenBit {
   typedef float Real;
   typedef Floats Vec;
-  typedef FloatsMask Mask;
+  typedef HalfFloats Narrow;
   static constexpr int kLanes = kFloats;
 
   static Vec load(const T* p) { return widen(load_unaligned<Bits16>(p), T()); }
@@ -303,14 +324,12 @@ template <class T> struct SixteenBit {
     Bits16 bits = bncore::narrow(v, T());
     std::memcpy(p, &bits, k * sizeof(T));
   }
-  static Wide load_wide(const T* p) {
+  static Narrow load_narrow(const T* p) {
     Bits16 bits = {};
     std::memcpy(&bits, p, kWide * sizeof(T));
-    Floats v = widen(bits, T());
-    HalfFloats low;
-    std::memcpy(&low, &v, sizeof(low));
-    return to_wide(low);
+    return low_half(widen(bits, T()));
   }
+  static Wide load_wide(const T* p) { return to_wide(load_narrow(p)); }
   static Real real(T v) {
     Bits16 bits = {};
     bits[0] = v.bits;
@@ -370,6 +389,12 @@ inline Wide keep_first(Wide v, int k) {
 template <bool Whole, class T>
 inline Wide load_wide(const T* p, int k) {
   return Whole ? Element<T>::load_wide(p) : load_wide_part(p, k);
+}
+
+/* The same in the type of the maps. */
+template <bool Whole, class T>
+inline typename Element<T>::Narrow load_narrow(const T* p, int k) {
+  return Whole ? Element<T>::load_narrow(p) : low_half(Element<T>::load_part(p, k));
 }
 
 /* The lanes' sum, in halves: a fixed order. */

@@ -10,7 +10,7 @@
 #ifndef BNCORE_SUMS_H
 #define BNCORE_SUMS_H
 
-#include "simd.h"
+#include "activations.h"
 
 namespace bncore {
 
@@ -61,23 +61,25 @@ template <class T, bool Scaled = false> struct Deviations {
 /* Whether the rounding error of a float64 mean matters beside that of the data. */
 template <class T> constexpr bool kNeedsLow = sizeof(T) == sizeof(double);
 
-template <class T> struct GradientTerms {
-  const T* dy;
+/* Source gives dz, see activations.h. */
+template <class T, class Source> struct GradientTerms {
+  typedef typename Element<T>::Narrow Narrow;
+  Source source;
   const T* x;
   double mean, mean_lo;
 
+  Wide centred(Wide v) const { return kNeedsLow<T> ? (v - mean) - mean_lo : v - mean; }
   void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
     __builtin_prefetch(x + i + ahead);
-    __builtin_prefetch(dy + i + ahead);
+    __builtin_prefetch(source.dy + i + ahead);
   }
-  Wide centred(Wide v) const { return kNeedsLow<T> ? (v - mean) - mean_lo : v - mean; }
   void full(ptrdiff_t i, Wide* first, Wide* second) const {
-    Wide g = Element<T>::load_wide(dy + i);
+    const Wide g = to_wide(source.template dz<Narrow, true>(i, kWide));
     *first += g;
     *second = fma(g, centred(Element<T>::load_wide(x + i)), *second);
   }
   void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
-    Wide g = load_wide_part(dy + i, k);
+    const Wide g = to_wide(source.template dz<Narrow, false>(i, k));
     *first += g;
     *second = fma(g, keep_first(centred(load_wide_part(x + i, k)), k), *second);
   }
@@ -143,23 +145,23 @@ template <class T, bool Scaled = false> struct ColumnDeviations {
   }
 };
 
-template <class T> struct ColumnGradientTerms {
-  const T* dy;
-  ptrdiff_t dy_stride;
+template <class T, class Source> struct ColumnGradientTerms {
+  typedef typename Element<T>::Narrow Narrow;
+  Source source;
   const T* x;
-  ptrdiff_t x_stride;
+  Strides strides;
   const double* mean;
   const double* mean_lo;
 
   void prefetch(ptrdiff_t row, ptrdiff_t c) const {
-    __builtin_prefetch(x + row * x_stride + c);
-    __builtin_prefetch(dy + row * dy_stride + c);
+    __builtin_prefetch(x + row * strides.x + c);
+    __builtin_prefetch(source.dy + row * strides.dy + c);
   }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
-    Wide d = load_wide<Whole>(x + row * x_stride + c, k) - load_unaligned<Wide>(mean + c);
+    Wide d = load_wide<Whole>(x + row * strides.x + c, k) - load_unaligned<Wide>(mean + c);
     if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
-    return {load_wide<Whole>(dy + row * dy_stride + c, k), d};
+    return {to_wide(source.row(row, strides).template dz<Narrow, Whole>(c, k)), d};
   }
 };
 
