@@ -14,15 +14,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bncore import reference
+
+if TYPE_CHECKING:
+    from bncore._kernels._interface import Gradient, Normalization, Statistics
 
 try:
     from bncore import _runtime
 except ImportError as error:
-    _runtime = None
+    _runtime = None  # type: ignore[assignment]
     _runtime_error = error
 
 NAMES = ("x86-64-v4", "x86-64-v3", "x86-64-v2", "generic", "numpy")
@@ -43,9 +45,9 @@ class Backend(NamedTuple):
     """
 
     name: str
-    statistics: ModuleType
-    normalization: ModuleType
-    gradient: ModuleType
+    statistics: Statistics
+    normalization: Normalization
+    gradient: Gradient
 
 
 def declines(name: str) -> str | None:
@@ -125,8 +127,9 @@ def load(name: str) -> Backend:
     reason = declines(name)
     if reason is not None:
         raise ImportError(f"the backend {name} can't be used: {reason}")
-    modules = [reference] * len(_MODULES) if name == "numpy" else _import_tier(name)
-    return Backend(name, *modules)
+    if name == "numpy":
+        return Backend(name, reference, reference, reference)
+    return Backend(name, *_import_tier(name))
 
 
 @contextmanager
@@ -206,7 +209,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _import_tier(name: str) -> list[ModuleType]:
+def _import_tier(name: str) -> list[Any]:
     return [importlib.import_module(f"{_package(name)}.{module}") for module in _MODULES]
 
 

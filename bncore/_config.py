@@ -13,7 +13,7 @@ try:
     from bncore import _runtime
     from bncore._runtime import get_num_threads
 except ImportError:
-    _runtime = None
+    _runtime = None  # type: ignore[assignment]
 
     def get_num_threads() -> int:
         """Number of threads that the next call may use: 1, as there are no compiled kernels.

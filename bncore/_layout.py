@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 PACKED = 128
 """Rows (of inner positions, or of channels where there are none) shorter than this lie side by
 side: the kernels take several of them at a time."""
@@ -41,15 +40,17 @@ def layout_of(x: np.ndarray, channel_axes: tuple[int, ...]) -> Layout:
         Sorted, non-negative.
     """
     by_stride = sorted(
-        (axis for axis in range(x.ndim)),
+        range(x.ndim),
         # An axis of length 1 has no stride to speak of: it stays beside its neighbour.
         key=lambda axis: (-abs(_effective_stride(x, axis)), axis),
     )
-    for order in (by_stride, _logical_order(x.ndim, channel_axes)):
-        layout = _split(x.shape, tuple(order), channel_axes)
-        if layout is not None and has_view(x, layout):
-            return layout
-    return _split(x.shape, _logical_order(x.ndim, channel_axes), channel_axes)
+    logical = _logical_order(x.ndim, channel_axes)
+    for order in (tuple(by_stride), logical):
+        if _side_by_side(order, channel_axes):
+            layout = _split(x.shape, order, channel_axes)
+            if has_view(x, layout):
+                return layout
+    return _split(x.shape, logical, channel_axes)
 
 
 def has_view(array: np.ndarray, layout: Layout) -> bool:
@@ -59,12 +60,14 @@ def has_view(array: np.ndarray, layout: Layout) -> bool:
     if array.size == 0:
         return True
     begin, end = layout.split
-    outer, channels, inner = layout.order[:begin], layout.order[begin:end], layout.order[end:]
-    strides = [_merged_stride(array, axes) for axes in (outer, channels, inner)]
-    if any(stride is None or stride % array.itemsize for stride in strides):
-        return False
+    strides = []
+    for axes in (layout.order[:begin], layout.order[begin:end], layout.order[end:]):
+        stride = _merged_stride(array, axes)
+        if stride is None or stride % array.itemsize:
+            return False
+        strides.append(stride // array.itemsize)
     n, c, s = layout.shape
-    outer, channel, inner = (stride // array.itemsize for stride in strides)
+    outer, channel, inner = strides
     if s > 1:
         return inner == 1 and (s >= PACKED or c == 1 or channel == s)
     return (c == 1 or channel == 1) and (c >= PACKED or n == 1 or outer == c)
@@ -103,14 +106,18 @@ def _logical_order(ndim: int, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
     return outer + channel_axes + inner
 
 
-def _split(shape, order, channel_axes) -> Layout | None:
+def _side_by_side(order, channel_axes) -> bool:
     begin = min(order.index(axis) for axis in channel_axes)
+    return order[begin : begin + len(channel_axes)] == channel_axes
+
+
+def _split(shape, order, channel_axes) -> Layout:
+    begin = order.index(channel_axes[0])
     end = begin + len(channel_axes)
-    if order[begin:end] != channel_axes:
-        return None
     sizes = [shape[axis] for axis in order]
     parts = sizes[:begin], sizes[begin:end], sizes[end:]
-    return Layout(order, tuple(math.prod(part) for part in parts), (begin, end))
+    n, c, s = (math.prod(part) for part in parts)
+    return Layout(order, (n, c, s), (begin, end))
 
 
 def _merged_stride(array: np.ndarray, axes: tuple[int, ...]) -> int | None:
