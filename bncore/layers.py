@@ -138,14 +138,15 @@ class BatchNorm:
         x = self._checked(x)
         if self.training or not self.track_running_stats:
             return self._normalize_batch(x, out)
+        overwritten = out is not None and np.may_share_memory(out, x)
+        forward = _Fixed(
+            None if overwritten else x, self.running_mean.copy(), self.running_var.copy()
+        )
         y = batch_norm_inference(
             x, self.running_mean, self.running_var, self.gamma, self.beta,
             axis=self.axis, eps=self.eps, activation=self.activation, out=out,
         )  # fmt: skip
-        overwritten = out is not None and np.may_share_memory(out, x)
-        self._forward = _Fixed(
-            None if overwritten else x, self.running_mean.copy(), self.running_var.copy()
-        )
+        self._forward = forward
         return y
 
     def backward(self, dy, *, out=None):

@@ -4,12 +4,11 @@ It offers the functions of the compiled kernels with the same arguments.  Arrays
 ``(N, C, S)`` (outer positions, channels, inner positions) and results go into arrays the caller
 allocated.  The formulas are those of Ioffe & Szegedy (2015).  A mean is kept as an unevaluated
 sum ``mean + mean_lo`` of two float64: one alone does not hold a mean of 1e12 standard deviations
-well enough to subtract it.
+well enough to subtract it.  Infinities and NaN in the data go through the arithmetic without a
+warning, as they do in the compiled kernels.
 """
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 
@@ -17,19 +16,7 @@ NO_ACTIVATION = (0, 0.0, 0.0)
 """Activations are ``(code, a, b)``: 0 none, 1 clip to [a, b], 2 slope a below zero."""
 
 
-def _quietly(function):
-    """Infinities and NaN in the data go through the arithmetic without a warning, as they do in the
-    compiled kernels."""
-
-    @functools.wraps(function)
-    def quiet(*arguments, **options):
-        with np.errstate(all="ignore"):
-            return function(*arguments, **options)
-
-    return quiet
-
-
-@_quietly
+@np.errstate(all="ignore")
 def moments(x, weight, stats, num_threads=1):
     """Per-channel weighted mean and sum of squared deviations.
 
@@ -51,7 +38,7 @@ def moments(x, weight, stats, num_threads=1):
     stats[2] = np.ldexp(m2, 2 * scale)
 
 
-@_quietly
+@np.errstate(all="ignore")
 def forward(x, weight, gamma, beta, residual, activation, eps, y, stats, num_threads=1):
     """Normalize by the batch's own statistics.
 
@@ -83,7 +70,7 @@ def forward(x, weight, gamma, beta, residual, activation, eps, y, stats, num_thr
     normalize(x, stats[0], stats[1], stats[3], gamma, beta, residual, activation, y)
 
 
-@_quietly
+@np.errstate(all="ignore")
 def normalize(x, mean, mean_lo, inv_std, gamma, beta, residual, activation, y, num_threads=1):
     """Normalize by given statistics: ``y = activation(gamma (x - mean) inv_std + beta + residual)``.
 
@@ -99,7 +86,7 @@ def normalize(x, mean, mean_lo, inv_std, gamma, beta, residual, activation, y, n
     y[...] = _activate(_affine(x, mean, mean_lo, inv_std, gamma, beta, residual), activation)
 
 
-@_quietly
+@np.errstate(all="ignore")
 def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
     """The two sums a gradient needs: ``sum dy`` and ``sum dy x'`` with ``x' = (x - mean) inv_std``.
 
@@ -116,7 +103,7 @@ def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
     sums[1] = (dy * normalized).sum(axis=1)
 
 
-@_quietly
+@np.errstate(all="ignore")
 def apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx, num_threads=1):
     """The gradient of the input from the two sums.
 
@@ -169,7 +156,7 @@ def backward(
     apply(dz, x, mean, mean_lo, inv_std, gamma, sums, count, dx)
 
 
-@_quietly
+@np.errstate(all="ignore")
 def move_running(running_mean, running_var, stats, momentum, unbias):
     """Move running statistics towards a batch's: ``r <- (1 - momentum) r + momentum s``.
 
@@ -181,12 +168,14 @@ def move_running(running_mean, running_var, stats, momentum, unbias):
     unbias : float
         Factor of the biased variance: n / (n - 1).
     """
-    for running, batch in ((running_mean, stats[0]), (running_var, stats[2] * unbias)):
-        batch = batch.reshape(running.shape)
-        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+    moved = [
+        (1 - momentum) * running.astype(np.float64) + momentum * batch.reshape(running.shape)
+        for running, batch in ((running_mean, stats[0]), (running_var, stats[2] * unbias))
+    ]
+    running_mean[...], running_var[...] = moved
 
 
-@_quietly
+@np.errstate(all="ignore")
 def weighted_backward(dy, x, weight, stats, gamma, dx, sums):
     """`backward` where the statistics were weighted.
 
@@ -215,7 +204,7 @@ def weighted_backward(dy, x, weight, stats, gamma, dx, sums):
     dx[...] = _column(inv_std if gamma is None else gamma * inv_std) * gradient
 
 
-@_quietly
+@np.errstate(all="ignore")
 def activation_backward(
     dy, x, mean, mean_lo, inv_std, gamma, beta, residual, activation, dz, num_threads=1
 ):

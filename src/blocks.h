@@ -17,6 +17,7 @@
 #include <cfloat>
 #include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <type_traits>
 
 #include "maps.h"
@@ -454,7 +455,7 @@ inline void finish_moments(const Grid& grid, View<const T> x, double* partial, d
                            ptrdiff_t group, double* __restrict unit, double* __restrict mean,
                            double* __restrict mean_lo, double* __restrict m2) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
-  constexpr double limit = is_double ? 4 : 1 << 20;
+  constexpr double limit = is_double ? 4 : 64;
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const double count = static_cast<double>(grid.outer * grid.inner);
   const SumTable sums = merge_blocks(grid, group, partial);
@@ -660,7 +661,14 @@ template <class Real> inline double unit_of(double mean, double inv_std) {
   if (!(size > 0 && std::isfinite(size))) return 1;
   int exponent;
   std::frexp(size, &exponent);
-  return std::ldexp(1.0, (exponent > 0 ? most : -most) - exponent);
+  const int power = (exponent > 0 ? most : -most) - exponent;
+  return std::ldexp(1.0, power < 2 * most ? power : 2 * most); // a Real itself
+}
+
+/* The nearest finite Real to a scale, lest it make a NaN of x - mean = 0; a NaN stays one. */
+template <class Real> inline double finite(double scale) {
+  constexpr double most = std::numeric_limits<Real>::max();
+  return scale > most ? most : scale < -most ? -most : scale;
 }
 
 /* Whether a channel's unit is 1, as told without a branch. */
@@ -737,6 +745,7 @@ inline void normalize_with(const Work& work, const CoefficientTable<T>& table, V
 template <class T>
 inline bool fill_normalize(const Grid& grid, const NormalizeParameters& p, ptrdiff_t group,
                            bool with_unit, CoefficientTable<T>* table) {
+  typedef typename Element<T>::Real Real;
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
   double unit[kMaxLine];
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
@@ -744,7 +753,7 @@ inline bool fill_normalize(const Grid& grid, const NormalizeParameters& p, ptrdi
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
   fill_line(grid, channels, [&](ptrdiff_t c) {
     const double scale = p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
-    return scale / unit[c];
+    return finite<Real>(scale / unit[c]);
   }, table->row[kScale]);
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
             table->row[kOffset]);
@@ -822,8 +831,9 @@ inline void fill_gate(const Grid& grid, const GradientParameters& p, ptrdiff_t g
                       const double* unit, CoefficientTable<T>* table) {
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
   if (!scaled) fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
-  fill_line(grid, channels, [&](ptrdiff_t c) { return gradient_scale(p, first + c) / unit[c]; },
-            table->row[kGateScale]);
+  fill_line(grid, channels, [&](ptrdiff_t c) {
+    return finite<typename Element<T>::Real>(gradient_scale(p, first + c) / unit[c]);
+  }, table->row[kGateScale]);
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
             table->row[kGateOffset]);
 }
@@ -879,7 +889,7 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
   const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
-  fill_line(grid, channels, [&](ptrdiff_t c) { return gradient_scale(p, first + c); },
+  fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(gradient_scale(p, first + c)); },
             table->row[kScale]);
   fill_line(grid, channels, shift_hi, table->row[kShiftHi]);
   fill_line(grid, channels, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
@@ -944,8 +954,9 @@ inline void fixed_gradient_block(const Grid& grid, View<const T> dy, View<T> dx,
                                  ptrdiff_t block) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table;
-  fill_line(grid, last - first, [&](ptrdiff_t c) { return gradient_scale(p, first + c); },
-            table.row[kScale]);
+  fill_line(grid, last - first, [&](ptrdiff_t c) {
+    return finite<typename Element<T>::Real>(gradient_scale(p, first + c));
+  }, table.row[kScale]);
   const JustWrite<T> work = {grid, group, block};
   if (stream) work(table, FixedGradientWriter<T, true>{dy, dx});
   else work(table, FixedGradientWriter<T, false>{dy, dx});

@@ -79,6 +79,20 @@ class Normalization(Protocol):
     ) -> Values | None: ...
 
 class Gradient(Protocol):
+    def activation_backward(
+        self,
+        dy: Values,
+        x: Values,
+        mean: Doubles,
+        mean_lo: Doubles | None,
+        inv_std: Doubles,
+        gamma: Doubles | None,
+        beta: Doubles | None,
+        residual: Values | None,
+        activation: Activation,
+        dz: Values,
+        num_threads: int,
+    ) -> None: ...
     def reduce(
         self,
         dy: Values,
@@ -108,6 +122,9 @@ class Gradient(Protocol):
         x: Values,
         stats: Doubles,
         gamma: Doubles | None,
+        beta: Doubles | None,
+        residual: Values | None,
+        activation: Activation,
         count: float,
         dx: Values,
         sums: Doubles,
