@@ -18,8 +18,8 @@ LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.s
 # Python leaks on purpose; huge requests are for NumPy to refuse.
 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1
 UBSAN_OPTIONS=print_stacktrace=1
-PYTHONMALLOC=malloc BNCORE_BACKEND=$tier
-export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS PYTHONMALLOC BNCORE_BACKEND
+PYTHONMALLOC=malloc BNCORE_BACKEND=$tier PYTHONPATH=.
+export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS PYTHONMALLOC BNCORE_BACKEND PYTHONPATH
 
 cd "$work/clean"
 if python scripts/planted_error.py 2>planted.log; then

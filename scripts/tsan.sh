@@ -20,7 +20,7 @@ linker="-fsanitize=thread -shared-libsan"
 check() {
   runtime=$(clang -print-file-name=libclang_rt.tsan-x86_64.so)
   archer=$(find /usr/lib/llvm-*/lib -name libarcher.so | head -n 1)
-  (cd "$work/$1" && LD_PRELOAD=$runtime OMP_TOOL_LIBRARIES=$archer OMP_NUM_THREADS=4 \
+  (cd "$work/$1" && PYTHONPATH=. LD_PRELOAD=$runtime OMP_TOOL_LIBRARIES=$archer OMP_NUM_THREADS=4 \
     BNCORE_BACKEND=$tier TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" \
     python scripts/race_workload.py)
 }

@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 scripts/build_copy.sh "$work" "$tier" ""
 cd "$work"
-PYTHONMALLOC=malloc OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 BNCORE_BACKEND=$tier \
+PYTHONPATH=. PYTHONMALLOC=malloc OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 BNCORE_BACKEND=$tier \
   valgrind --quiet --error-limit=no --log-file=valgrind.log \
   python scripts/race_workload.py small
 errors=$(grep -c "_kernels\|blocks\.h\|sums\.h\|maps\.h\|simd\.h\|bncore::" valgrind.log || true)
