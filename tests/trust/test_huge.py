@@ -27,17 +27,13 @@ SHAPES = {
     "S": (1, 1, BEYOND),
     "N x S": (2**11, 2, 2**19 + 256),
     "C x S": (1, 2**12, 2**19 + 256),
-    "C": (1, BEYOND),
 }
 
 
 def pattern(shape):
-    """-1 and 1 in turn along the axis of the values (of one value per channel: the value 1)."""
+    """-1 and 1 in turn along an axis of values."""
     x = np.ones(shape, np.float16)
-    if len(shape) == 2:
-        x[::2] = -1 if shape[0] > 1 else 1
-    else:
-        x[..., ::2] = -1
+    np.moveaxis(x, 0 if len(shape) == 2 else 2, 0)[::2] = -1
     return x
 
 
@@ -49,9 +45,6 @@ def test_in_place(what, name):
     with _backend.use(name):
         x = pattern(shape)
         y, saved = bncore.batch_norm(x, eps=3.0, out=x)
-        if what == "C":
-            assert not y.any()
-            return
         assert (saved.mean == 0).all()
         assert (saved.var == 1).all()
         assert (saved.count == x.size / shape[1]).all()
