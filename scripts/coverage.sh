@@ -1,0 +1,16 @@
+#!/bin/sh
+# Measure what the tests reach: lines of the kernels by gcov, branches of the Python by coverage.
+#
+#   scripts/coverage.sh [PYTEST ARGUMENTS]
+set -eu
+cd "$(dirname "$0")/.."
+tier=${TIER:-x86-64-v3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+scripts/build_copy.sh "$work" "$tier" "--coverage -fprofile-update=atomic" "--coverage"
+cd "$work"
+python -m coverage run --branch --source=bncore --omit="bncore/bench/*,bncore/demo/*" \
+  -m pytest -q -p no:cacheprovider "$@" || echo "some tests fail: see above"
+python -m coverage report --show-missing
+find build -name "*.gcda" -path "*src*" | xargs gcov --stdout --relative-only --json-format \
+  | python scripts/gcov_report.py

@@ -1,0 +1,45 @@
+"""Every way through the kernels on several threads: what race and memory checkers run.
+
+``python scripts/race_workload.py small`` takes 50 small shapes instead, for slow checkers.
+"""
+
+import itertools
+import sys
+
+import numpy as np
+
+import bncore
+from bncore import functional
+
+LARGE = [
+    (3, 257, 49), (8, 64, 700), (64, 8, 900), (2000, 50), (40000, 3), (33, 24, 49), (130, 1000),
+    (2, 3, 70001), (50, 65, 36),
+]  # fmt: skip
+SMALL = [
+    *itertools.product([1, 2, 9], [1, 3, 16, 17], [1, 7, 33]),
+    *itertools.product([1, 5, 40, 300], [1, 8, 65]),
+    (17, 3, 25),
+    (16, 70, 9),
+]
+
+
+def run(shape, dtype, threads):
+    """Forward, backward and inference of a shape, plain, with an epilogue and in place."""
+    functional.get_num_threads = lambda: threads
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, *shape), np.float32).astype(dtype)
+    gamma, beta = rng.standard_normal((2, shape[1]))
+    for arguments in ({}, {"activation": "relu", "residual": dy}):
+        _, saved = bncore.batch_norm(x, gamma, beta, **arguments)
+        bncore.batch_norm_backward(dy, saved)
+        bncore.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, **arguments)
+    bncore.moments(x[::-1])
+    bncore.batch_norm(x, gamma, beta, out=x)
+
+
+if __name__ == "__main__":
+    small = sys.argv[1:] == ["small"]
+    assert len(SMALL) >= 50 or not small
+    for shape, dtype in itertools.product(SMALL if small else LARGE, ("float32", "float64")):
+        run(shape, dtype, threads=1 if small else 4)
+    print("done")
