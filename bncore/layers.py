@@ -286,17 +286,18 @@ class BatchNorm:
             _check.state(self.running_var, "running_var", self.shape)
             _check.apart(out, self.running_mean, "running_mean")
             _check.apart(out, self.running_var, "running_var")
+            spare = np.empty((2, 2, *self.shape))
         y, saved = batch_norm(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps,
             activation=self.activation, out=out,
         )  # fmt: skip
         if tracking:
-            self._track(saved)
+            self._track(saved, spare)
         self._forward = saved
         return y
 
-    def _track(self, saved):
-        """Move the running statistics towards a batch's."""
+    def _track(self, saved, spare):
+        """Move the running statistics towards a batch's; see `bncore.reference.move_running`."""
         tracked = self.num_batches_tracked + 1
         momentum = 1 / tracked if self.momentum is None else self.momentum
         arguments = (
@@ -304,7 +305,7 @@ class BatchNorm:
             saved.values / (saved.values - 1),
         )  # fmt: skip
         if not _backend.active.statistics.move_running_plain(*arguments):
-            reference.move_running(*arguments)
+            reference.move_running(*arguments, spare)
         self.num_batches_tracked = tracked
 
     def _arrays(self):

@@ -157,8 +157,10 @@ def backward(
 
 
 @np.errstate(all="ignore")
-def move_running(running_mean, running_var, stats, momentum, unbias):
+def move_running(running_mean, running_var, stats, momentum, unbias, spare):
     """Move running statistics towards a batch's: ``r <- (1 - momentum) r + momentum s``.
+
+    Nothing is allocated here, so that nothing fails after y has been written.
 
     Parameters
     ----------
@@ -167,12 +169,15 @@ def move_running(running_mean, running_var, stats, momentum, unbias):
     momentum : float
     unbias : float
         Factor of the biased variance: n / (n - 1).
+    spare : (2, 2, *channels) float64 array, written
     """
-    moved = [
-        (1 - momentum) * running.astype(np.float64) + momentum * batch.reshape(running.shape)
-        for running, batch in ((running_mean, stats[0]), (running_var, stats[2] * unbias))
-    ]
-    running_mean[...], running_var[...] = moved
+    batches = (running_mean, stats[0], 1.0), (running_var, stats[2], unbias)
+    for (batch, kept), (running, statistic, factor) in zip(spare, batches, strict=True):
+        np.multiply(statistic.reshape(running.shape), factor, out=batch)
+        batch *= momentum
+        np.multiply(running, 1 - momentum, out=kept, dtype=np.float64)
+        batch += kept
+    running_mean[...], running_var[...] = spare[:, 0]
 
 
 @np.errstate(all="ignore")

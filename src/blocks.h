@@ -76,7 +76,7 @@ inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner) {
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
  * columns as many as keep a group in the cache, if that is four cache lines of them or more. */
 inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize) {
-  constexpr ptrdiff_t page = 4096, cell = 256 * 1024, max_blocks = 64;
+  constexpr ptrdiff_t page = 4096, cell = 256 * 1024, cached = 1 << 20, max_blocks = 64;
   Grid grid = {};
   grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
   if (has_small_planes(outer, inner)) {
@@ -84,7 +84,9 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
     grid.width = kSumLine / inner;
   } else if (inner == 1) {
     grid.columns = true;
-    grid.width = kSumLine;
+    /* Columns that stay in a cache are shared out without a barrier; others are read in long lines. */
+    const bool small = outer * channels * itemsize <= cached;
+    grid.width = small ? kPacked / 2 : kSumLine;
     if (channels < kPacked / 2) grid.tile = kSumLine / 2 / channels;
   } else {
     grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
@@ -283,9 +285,17 @@ inline void flush(Accumulator* accumulator, SumTable sums, ptrdiff_t c) {
 template <class T, class Terms>
 inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t first,
                      ptrdiff_t last, ptrdiff_t block, SumTable sums) {
+  const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
+  if (grid.positions == 1) { // nothing to keep from one row of a channel to the next
+    for (ptrdiff_t c = first; c < last; ++c) {
+      Accumulator accumulator = {};
+      add_row(terms.row(0, c, 0), grid.inner, ahead, &accumulator);
+      flush(&accumulator, sums, c);
+    }
+    return;
+  }
   Accumulator accumulators[kMaxRowsWidth];
   for (ptrdiff_t c = first; c < last; ++c) accumulators[c - first] = Accumulator();
-  const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
   ptrdiff_t filled = 0;
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
     const Piece piece = Piece::at(grid, t);

@@ -398,6 +398,20 @@ inline typename Element<T>::Narrow load_narrow(const T* p, int k) {
 }
 
 /* The lanes' sum, in halves: a fixed order. */
+#if defined(__AVX2__)
+inline double sum_of_four(__m256d v) {
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+inline double lane_sum(Wide v) {
+#if defined(__AVX512VL__)
+  const __m512d all = (__m512d)v;
+  return sum_of_four(_mm256_add_pd(_mm512_castpd512_pd256(all), _mm512_extractf64x4_pd(all, 1)));
+#else
+  return sum_of_four((__m256d)v);
+#endif
+}
+#else
 inline double lane_sum(Wide v) {
   double parts[kWide];
   std::memcpy(parts, &v, sizeof(v));
@@ -405,6 +419,7 @@ inline double lane_sum(Wide v) {
     for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
   return parts[0];
 }
+#endif
 
 } // namespace bncore
 

@@ -78,7 +78,7 @@ def test_squares_beyond_the_range_of_float64(scale):
 def test_move_running():
     mean, var = np.array([1.0, 2.0]), np.array([3.0, 4.0])
     stats = np.array([[5.0, 6.0], [0.0, 0.0], [7.0, 8.0], [9.0, 9.0]])
-    reference.move_running(mean, var, stats, 0.25, 2.0)
+    reference.move_running(mean, var, stats, 0.25, 2.0, np.empty((2, 2, 2)))
     np.testing.assert_array_equal(mean, [2.0, 3.0])
     np.testing.assert_array_equal(var, [5.75, 7.0])
 
