@@ -1,16 +1,27 @@
 #!/bin/sh
 # Build one tier of the tracked sources in a directory of its own, lightly optimized.
 #
-#   scripts/build_copy.sh DIRECTORY TIER [COMPILER FLAGS [LINKER FLAGS]]
+#   scripts/build_copy.sh DIRECTORY TIER [FLAGS OF COMPILER AND LINKER]
 #
-# The C++ says which line of the .pyx it comes from, as gcov and the sanitizers' reports want it.
+# PLANT_RACE=1 plants a data race. The C++ says which line of the .pyx it comes from, as gcov and the sanitizers' reports want it.
 set -eu
-directory=$1 tier=$2 cflags=${3:-} ldflags=${4:-}
+directory=$1 tier=$2 flags=${3:-}
 cd "$(dirname "$0")/.."
 mkdir -p "$directory"
 git ls-files -z | xargs -0 cp --parents -t "$directory"
 cd "$directory"
 grep -q '"-O3", "-g0"' setup.py  # else the next line would do nothing
 sed -i 's/"-O3", "-g0"/"-O1", "-g"/; s/force=self.force,/force=self.force, emit_linenums=True,/' setup.py
-BNCORE_TIERS=$tier CFLAGS=$cflags CXXFLAGS=$cflags LDFLAGS=$ldflags \
+if [ -n "${PLANT_RACE:-}" ]; then
+  sed -i 's/std::atomic<ptrdiff_t> taken{0};/ptrdiff_t taken = 0;/
+    s/taken.fetch_add(tickets->batch, std::memory_order_relaxed)/taken; tickets->taken = next + tickets->batch/' \
+    src/blocks.h
+  grep -q "ptrdiff_t taken = 0;" src/blocks.h
+fi
+# clang before 16 does not know the names of levels.
+case ${CC:-} in clang*) sed -i 's/__builtin_cpu_supports("x86-64-v[234]")/1/' src/runtime.h ;; esac
+# Flags are part of the compiler's name, so that the build's probe for OpenMP links with them too.
+CC="${CC:-gcc} $flags" CXX="${CXX:-g++} $flags"
+export CC CXX LDSHARED="$CC -shared" LDCXXSHARED="$CXX -shared"
+BNCORE_REQUIRE_OPENMP=1 BNCORE_TIERS=$tier \
   python setup.py build_ext --inplace >build.log 2>&1 || { tail -n 40 build.log; exit 1; }

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 tier=${TIER:-x86-64-v3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-scripts/build_copy.sh "$work" "$tier" "--coverage -fprofile-update=atomic" "--coverage"
+scripts/build_copy.sh "$work" "$tier" "--coverage -fprofile-update=atomic"
 cd "$work"
 python -m coverage run --branch --source=bncore --omit="bncore/bench/*,bncore/demo/*" \
   -m pytest -q -p no:cacheprovider "$@" || echo "some tests fail: see above"

@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
-scripts/build_copy.sh "$work/clean" "$tier" "$flags" "-fsanitize=address,undefined"
+scripts/build_copy.sh "$work/clean" "$tier" "$flags"
 
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 # Python leaks on purpose; huge requests are for NumPy to refuse.

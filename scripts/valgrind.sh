@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 tier=${TIER:-x86-64-v2}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-scripts/build_copy.sh "$work" "$tier" ""
+scripts/build_copy.sh "$work" "$tier"
 cd "$work"
 PYTHONPATH=. PYTHONMALLOC=malloc OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 BNCORE_BACKEND=$tier \
   valgrind --quiet --error-limit=no --log-file=valgrind.log \
