@@ -175,7 +175,8 @@ def move_running(running_mean, running_var, stats, momentum, unbias, spare):
     for (batch, kept), (running, statistic, factor) in zip(spare, batches, strict=True):
         np.multiply(statistic.reshape(running.shape), factor, out=batch)
         batch *= momentum
-        np.multiply(running, 1 - momentum, out=kept, dtype=np.float64)
+        np.copyto(kept, running)
+        kept *= 1 - momentum
         batch += kept
     running_mean[...], running_var[...] = spare[:, 0]
 
