@@ -3,7 +3,8 @@
 #
 #   scripts/build_copy.sh DIRECTORY TIER [FLAGS OF COMPILER AND LINKER]
 #
-# PLANT_RACE=1 plants a data race. The C++ says which line of the .pyx it comes from, as gcov and the sanitizers' reports want it.
+# The C++ says which line of the .pyx it comes from, as gcov and the sanitizers' reports want it.
+# PLANT_RACE=1 plants a data race.
 set -eu
 directory=$1 tier=$2 flags=${3:-}
 cd "$(dirname "$0")/.."
