@@ -122,9 +122,32 @@ template <class T> BNCORE_INLINE void prefetch_ends(const T* row, ptrdiff_t n) {
   if (!begins_line(row + n)) __builtin_prefetch(row + n, 1);
 }
 
+/* Write vectors from i up to the first that begins a cache line, into the cache: a line that is
+ * streamed only in part is moved twice. */
+template <int Rows, class T, class Map>
+BNCORE_INLINE ptrdiff_t write_to_line(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i,
+                                      ptrdiff_t n) {
+  constexpr int lanes = Element<T>::kLanes;
+  for (; kVectorsInLine<T> > 1 && !begins_line(out[0] + i) && i + lanes <= n; i += lanes)
+    write_vectors<false, Rows, 1>(maps, out, i);
+  return i;
+}
+
+/* Write the elements from i, which begins a line where Stream is, to n: less than Unroll vectors
+ * are done line by line, less than a line in the cache. */
+template <bool Stream, int Rows, class T, class Map>
+BNCORE_INLINE void write_rest(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i,
+                              ptrdiff_t n) {
+  constexpr int lanes = Element<T>::kLanes, in_line = kVectorsInLine<T>;
+  for (; Stream && i + in_line * lanes <= n; i += in_line * lanes)
+    write_vectors<Stream, Rows, in_line>(maps, out, i);
+  for (; i + lanes <= n; i += lanes) write_vectors<false, Rows, 1>(maps, out, i);
+  if (i < n) write_part(maps, out, i, static_cast<int>(n - i));
+}
+
 /* Write n elements of each map to its `out`, all of one alignment. Whole vectors are stored
- * aligned, past the cache where Stream says so; what stands before and after them in part. The
- * row written next is `ahead` elements on. */
+ * aligned, whole lines past the cache where Stream says so; what stands before and after them in
+ * part. The row written next is `ahead` elements on. */
 template <bool Stream, int Rows, class T, class Map>
 inline void write_rows(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t n,
                        ptrdiff_t ahead) {
@@ -134,12 +157,10 @@ inline void write_rows(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t
   const int head = head_of<Stream>(out[0], n);
   ptrdiff_t i = head;
   if (head) write_part(maps, out, 0, head);
-  for (; unroll > 1 && !begins_line(out[0] + i) && i + lanes <= n; i += lanes)
-    write_vectors<Stream, Rows, 1>(maps, out, i);
+  if (Stream) i = write_to_line(maps, out, i, n);
   for (; i + unroll * lanes <= n; i += unroll * lanes)
     write_vectors<Stream, Rows, unroll>(maps, out, i);
-  for (; unroll > 1 && i + lanes <= n; i += lanes) write_vectors<Stream, Rows, 1>(maps, out, i);
-  if (i < n) write_part(maps, out, i, static_cast<int>(n - i));
+  write_rest<Stream>(maps, out, i, n);
 }
 
 /* Write one row while another is summed: one waits for memory to be written, the other for memory
@@ -155,8 +176,7 @@ inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdif
   const int head = head_of<Stream>(out, n);
   ptrdiff_t i = head, j = 0;
   if (head) write_part(maps, outs, 0, head);
-  for (; Stream && !begins_line(out + i) && i + lanes <= n; i += lanes)
-    write_vectors<Stream, 1, 1>(maps, outs, i);
+  if (Stream) i = write_to_line(maps, outs, i, n);
   Accumulator local = *sums;
   for (; i + unroll * lanes <= n; i += unroll * lanes) {
 #pragma GCC unroll 4
@@ -168,8 +188,7 @@ inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdif
   for (; j + kStep <= n; j += kStep) add_step(terms, j, ahead, &local);
   add_rest(terms, j, n, &local);
   *sums = local;
-  for (; i + lanes <= n; i += lanes) write_vectors<Stream, 1, 1>(maps, outs, i);
-  if (i < n) write_part(maps, outs, i, static_cast<int>(n - i));
+  write_rest<Stream>(maps, outs, i, n);
 }
 
 } // namespace bncore
