@@ -15,14 +15,21 @@
 
 /* ------------------------------------------------------------------------------------- CPU */
 
-/* The level of the x86-64 psABI that CPU and operating system support: 1 to 4; 0 elsewhere. */
+/* The level of the x86-64 psABI that CPU and operating system support: 1 to 4; 0 elsewhere. Told by
+ * features, as older compilers don't know the levels' names; those left out here came to processors
+ * together with those named. */
 static int x86_64_level(void) {
 #ifdef __x86_64__
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return 4;
-  if (__builtin_cpu_supports("x86-64-v3")) return 3;
-  if (__builtin_cpu_supports("x86-64-v2")) return 2;
-  return 1;
+  if (!__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("popcnt")) return 1;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("bmi2"))
+    return 2;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512cd") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return 3;
+  return 4;
 #else
   return 0;
 #endif
