@@ -90,6 +90,7 @@ class BatchNorm:
         track_running_stats=True, activation=None, dtype=np.float32,
     ):  # fmt: skip
         self.shape = _channel_shape(num_features)
+        self._channels = math.prod(self.shape)
         self.axis = axis
         self.eps = _check.positive(eps, "eps")
         self.momentum = _momentum(momentum)
@@ -267,6 +268,8 @@ class BatchNorm:
         if self._ranks is not None and x.ndim not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise ValueError(f"x must have {ranks} dimensions, got {x.ndim}")
+        if self.axis == 1 and x.ndim > 1 and (x.shape[1],) == self.shape:
+            return x
         axes = _check.channel_axes(self.axis, x.ndim)
         shape = tuple([x.shape[axis] for axis in axes])
         if shape != self.shape:
@@ -275,18 +278,13 @@ class BatchNorm:
 
     def _normalize_batch(self, x, out):
         """The call in training: batch statistics, then the running ones."""
-        channels = math.prod(self.shape)
+        channels = self._channels
         if self.training and channels and x.size == channels:
             raise ValueError(
                 f"x must have more than 1 value per channel in training, got shape {x.shape}"
             )
         tracking = self.training and self.track_running_stats and x.size > 0
-        if tracking:
-            _check.state(self.running_mean, "running_mean", self.shape)
-            _check.state(self.running_var, "running_var", self.shape)
-            _check.apart(out, self.running_mean, "running_mean")
-            _check.apart(out, self.running_var, "running_var")
-            spare = np.empty((2, 2, *self.shape))
+        spare = self._spare(out) if tracking else None
         y, saved = batch_norm(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps,
             activation=self.activation, out=out,
@@ -296,6 +294,16 @@ class BatchNorm:
         self._forward = saved
         return y
 
+    def _spare(self, out):
+        """Room to move the running statistics in, which are checked; None if none is needed."""
+        mean, var = self.running_mean, self.running_var
+        if _backend.active.statistics.movable_plain(mean, var, out, self._channels):
+            return None
+        for array, name in ((mean, "running_mean"), (var, "running_var")):
+            _check.state(array, name, self.shape)
+            _check.apart(out, array, name)
+        return np.empty((2, 2, *self.shape))
+
     def _track(self, saved, spare):
         """Move the running statistics towards a batch's; see `bncore.reference.move_running`."""
         tracked = self.num_batches_tracked + 1
@@ -304,7 +312,9 @@ class BatchNorm:
             self.running_mean, self.running_var, saved.stats, momentum,
             saved.values / (saved.values - 1),
         )  # fmt: skip
-        if not _backend.active.statistics.move_running_plain(*arguments):
+        if spare is None:
+            _backend.active.statistics.move_running_plain(*arguments)
+        else:
             reference.move_running(*arguments, spare)
         self.num_batches_tracked = tracked
 

@@ -244,7 +244,7 @@ def forward_plain(*arguments):
     return None
 
 
-normalize_plain = backward_plain = move_running_plain = forward_plain
+normalize_plain = backward_plain = movable_plain = move_running_plain = forward_plain
 
 
 def _moments(x, weight):

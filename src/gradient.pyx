@@ -146,6 +146,11 @@ cdef void differentiate(
     cdef Tickets tickets
     if is_resident(grid, 2 * sizeof(element), num_threads):
         tickets.set_batch(grid, sizeof(element), num_threads)
+        if num_threads == 1: # without OpenMP's microsecond
+            differentiate_groups(
+                grid, input, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets
+            )
+            return
         with parallel(num_threads=num_threads):
             differentiate_groups(
                 grid, input, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets

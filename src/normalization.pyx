@@ -116,6 +116,12 @@ cdef void normalize_batch(
     cdef Tickets tickets
     if is_resident(grid, sizeof(element), num_threads):
         tickets.set_batch(grid, sizeof(element), num_threads)
+        if num_threads == 1: # without OpenMP's microsecond
+            normalize_groups(
+                grid, x, residual, parameters, epilogue, eps, stream, partial, shift, unit, y,
+                stats, &tickets,
+            )
+            return
         with parallel(num_threads=num_threads):
             normalize_groups(
                 grid, x, residual, parameters, epilogue, eps, stream, partial, shift, unit, y,
@@ -149,6 +155,9 @@ cdef void normalize_fixed(
     """y = activation(gamma (x - mean) inv_std + beta + residual), the statistics given"""
     cdef ptrdiff_t cell
     cdef bint stream = is_streamed(grid, sizeof(element))
+    if grid.groups * grid.blocks == 1:
+        normalize_block(grid, x, residual, y, parameters, epilogue, stream, 0, 0)
+        return
     for cell in prange(
         grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
     ):

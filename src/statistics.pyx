@@ -12,7 +12,10 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 
-from arguments cimport FLOAT16, FLOAT32, FLOAT64, Kind, is_plain, kind_of, read_only, view_of
+from arguments cimport (
+    FLOAT16, FLOAT32, FLOAT64, Kind, apart, is_plain, kind_of, plain_like, plain_parameter, read_only,
+    view_of,
+)
 from blocks cimport (
     BFloat16, Grid, Half, View, element, finish_moments, moments_block, pilot, sum_grid,
 )
@@ -97,19 +100,24 @@ cdef void move(
         running[c] = <real> ((1 - momentum) * running[c] + momentum * (batch[c] * factor))
 
 
+def movable_plain(running_mean, running_var, out, ptrdiff_t channels):
+    """Whether `move_running_plain` may move these; `out` is what else is written before."""
+    return (
+        is_plain(running_mean)
+        and is_plain(running_var)
+        and plain_parameter(running_mean, channels)
+        and plain_like(running_var, <cnp.ndarray> running_mean)
+        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
+        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
+        and (out is None or (is_plain(out) and apart(out, running_mean) and apart(out, running_var)))
+    )
+
+
 def move_running_plain(
     cnp.ndarray running_mean not None, cnp.ndarray running_var not None,
     cnp.ndarray stats not None, double momentum, double unbias,
 ):
-    """`bncore.reference.move_running` for plain arrays; False where it declines them."""
-    if not (
-        is_plain(running_mean)
-        and is_plain(running_var)
-        and cnp.PyArray_TYPE(running_mean) == cnp.PyArray_TYPE(running_var)
-        and cnp.PyArray_ISWRITEABLE(running_mean)
-        and cnp.PyArray_ISWRITEABLE(running_var)
-    ):
-        return False
+    """`bncore.reference.move_running` for arrays that are `movable_plain`."""
     cdef ptrdiff_t channels = cnp.PyArray_DIM(stats, 1)
     cdef const double* mean = <const double*> cnp.PyArray_DATA(stats)
     cdef const double* var = mean + 2 * channels
@@ -119,4 +127,3 @@ def move_running_plain(
     else:
         move(<double*> cnp.PyArray_DATA(running_mean), mean, momentum, 1.0, channels)
         move(<double*> cnp.PyArray_DATA(running_var), var, momentum, unbias, channels)
-    return True

@@ -19,6 +19,9 @@ class Statistics(Protocol):
     def moments(
         self, x: Values, weight: Doubles | None, stats: Doubles, num_threads: int
     ) -> None: ...
+    def movable_plain(
+        self, running_mean: Any, running_var: Any, out: Any, channels: int
+    ) -> bool | None: ...
     def move_running_plain(
         self,
         running_mean: Parameter,
@@ -26,7 +29,7 @@ class Statistics(Protocol):
         stats: Doubles,
         momentum: float,
         unbias: float,
-    ) -> bool | None: ...
+    ) -> None: ...
 
 class Normalization(Protocol):
     def forward(
