@@ -91,6 +91,8 @@ def real(value, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that float64 holds, got {value!r}") from None
 
 
 def activation(value) -> tuple[int, float, float]:

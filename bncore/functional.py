@@ -198,8 +198,8 @@ def batch_norm(
             x, gamma, beta, axis, eps, out, get_num_threads()
         )
         if plain is not None:
-            y, stats, axis, values = plain
-            kept = None if y is x else x
+            y, stats, axis, values, in_place = plain
+            kept = None if in_place else x
             return y, Saved(kept, gamma, beta, (axis,), eps, values, stats, stats.shape[1:])
 
     x = _check.input_array(x)

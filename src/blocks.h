@@ -74,7 +74,7 @@ inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner) {
 }
 
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
- * columns as many as keep a group in the cache, if that is four cache lines of them or more. */
+ * columns a line as long as the accumulators' cache bears. */
 inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize) {
   constexpr ptrdiff_t page = 4096, cell = 256 * 1024, cached = 1 << 20, max_blocks = 64;
   Grid grid = {};

@@ -229,7 +229,8 @@ def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
     Returns
     -------
     tuple or None
-        y, the (4, C) statistics, the channel axis and the number of values per channel.
+        y, the (4, C) statistics, the channel axis, the number of values per channel and whether
+        y has overwritten x.
     """
     cdef Shape shape
     if not (
@@ -243,6 +244,7 @@ def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
     ):
         return None
     cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    cdef bint in_place = cnp.PyArray_DATA(y) == cnp.PyArray_DATA(<cnp.ndarray> x)
     cdef cnp.npy_intp stats_shape[2]
     stats_shape[0], stats_shape[1] = 4, shape.channels
     cdef cnp.ndarray stats = cnp.PyArray_EMPTY(2, stats_shape, cnp.NPY_DOUBLE, 0)
@@ -265,7 +267,7 @@ def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
             )
     finally:
         PyMem_Free(converted)
-    return y, stats, shape.axis, <double> (shape.outer * shape.inner)
+    return y, stats, shape.axis, <double> (shape.outer * shape.inner), in_place
 
 
 cdef int forward_plain_as(

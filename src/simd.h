@@ -172,8 +172,6 @@ template <> struct Element<float> {
   static constexpr int kLanes = kFloats;
 
   static double wide(float v) { return v; }
-  static Real real(float v) { return v; }
-  static float narrow(Real v) { return v; }
 
   static Narrow load_narrow(const float* p) { return load_unaligned<Narrow>(p); }
   static Wide load_wide(const float* p) { return to_wide(load_narrow(p)); }
@@ -211,8 +209,6 @@ template <> struct Element<double> {
   static constexpr int kLanes = kWide;
 
   static double wide(double v) { return v; }
-  static Real real(double v) { return v; }
-  static double narrow(Real v) { return v; }
 
   static Narrow load_narrow(const double* p) { return load_unaligned<Wide>(p); }
   static Wide load_wide(const double* p) { return load_narrow(p); }
@@ -330,16 +326,10 @@ template <class T> struct SixteenBit {
     return low_half(widen(bits, T()));
   }
   static Wide load_wide(const T* p) { return to_wide(load_narrow(p)); }
-  static Real real(T v) {
+  static double wide(T v) {
     Bits16 bits = {};
     bits[0] = v.bits;
     return widen(bits, T())[0];
-  }
-  static double wide(T v) { return real(v); }
-  static T narrow(Real v) {
-    Floats vector = {};
-    vector[0] = v;
-    return T{static_cast<uint16_t>(bncore::narrow(vector, T())[0])};
   }
 };
 

@@ -128,6 +128,12 @@ struct Product {
   Wide first, factor;
 };
 
+template <ptrdiff_t Width, class T> BNCORE_INLINE void prefetch_places(const T* p) {
+  constexpr ptrdiff_t line = 64 / sizeof(T);
+#pragma GCC unroll 4
+  for (ptrdiff_t i = 0; i < Width; i += line) __builtin_prefetch(p + i);
+}
+
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T, bool Scaled = false> struct ColumnDeviations {
@@ -135,7 +141,9 @@ template <class T, bool Scaled = false> struct ColumnDeviations {
   ptrdiff_t x_stride;
   const double *shift, *unit;
 
-  void prefetch(ptrdiff_t row, ptrdiff_t c) const { __builtin_prefetch(x + row * x_stride + c); }
+  template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
+    prefetch_places<Width>(x + row * x_stride + c);
+  }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide v = load_wide<Whole>(x + row * x_stride + c, k);
@@ -153,9 +161,9 @@ template <class T, class Source> struct ColumnGradientTerms {
   const double* mean;
   const double* mean_lo;
 
-  void prefetch(ptrdiff_t row, ptrdiff_t c) const {
-    __builtin_prefetch(x + row * strides.x + c);
-    __builtin_prefetch(source.dy + row * strides.dy + c);
+  template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
+    prefetch_places<Width>(x + row * strides.x + c);
+    prefetch_places<Width>(source.dy + row * strides.dy + c);
   }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
@@ -176,13 +184,30 @@ struct Ahead {
   ptrdiff_t rows, places;
 };
 
+/* Fetches what is read next, line after line in the order of memory, which is what the hardware's
+ * own prefetchers follow; strips by themselves go from row to row. */
+template <class Terms> struct Fetcher {
+  static constexpr ptrdiff_t kWidth = kStripVectors * kWide;
+  const Terms& terms;
+  ptrdiff_t row, begin, end, place;
+
+  BNCORE_INLINE void step() {
+    terms.template prefetch<kWidth>(row, place);
+    place += kWidth;
+    if (place + kWidth > end) {
+      place = begin;
+      ++row;
+    }
+  }
+};
+
 /* Add a strip, Vectors vectors wide from place c on, of rows [row, row + rows). */
 template <int Vectors, bool Whole, class Terms>
 BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t c, int k,
-                             Ahead ahead, double* first, double* second) {
+                             Fetcher<Terms>* fetcher, double* first, double* second) {
   Wide one[Vectors] = {}, two[Vectors] = {};
   for (ptrdiff_t r = row; r < row + rows; ++r) {
-    if (Vectors == kStripVectors) terms.prefetch(r + ahead.rows, c + ahead.places);
+    if (Vectors == kStripVectors) fetcher->step();
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const Product p = terms.template at<Whole>(r, c + v * kWide, k);
@@ -204,13 +229,16 @@ template <class Terms>
 inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t places,
                        Ahead ahead, double* first, double* second) {
   constexpr ptrdiff_t wide = kStripVectors * kWide;
+  Fetcher<Terms> fetcher = {terms, row + ahead.rows, ahead.places, ahead.places + places,
+                            ahead.places};
   ptrdiff_t c = 0;
   for (; c + wide <= places; c += wide)
-    add_strip<kStripVectors, true>(terms, row, rows, c, kWide, ahead, first, second);
+    add_strip<kStripVectors, true>(terms, row, rows, c, kWide, &fetcher, first, second);
   for (; c + kWide <= places; c += kWide)
-    add_strip<1, true>(terms, row, rows, c, kWide, ahead, first, second);
+    add_strip<1, true>(terms, row, rows, c, kWide, &fetcher, first, second);
   if (c < places)
-    add_strip<1, false>(terms, row, rows, c, static_cast<int>(places - c), ahead, first, second);
+    add_strip<1, false>(terms, row, rows, c, static_cast<int>(places - c), &fetcher, first,
+                        second);
 }
 
 /* Add `rows` rows of `places` places to first[c] and second[c]; what is read after them lies at

@@ -216,3 +216,15 @@ def test_lists_are_arrays_of_float64(backend, value):
     assert y.dtype == np.float64
     np.testing.assert_array_equal(saved.mean, [2.0, 3.5])
     np.testing.assert_allclose(y, [[-1, -1], [1, 3]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:], lambda x: x.view(), lambda x: x.reshape(x.shape)])
+def test_a_pass_over_a_view_of_x_leaves_no_x(backend, view):
+    x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    layer = bncore.BatchNorm(3)
+    _, saved = bncore.batch_norm(x, out=view(x))
+    layer(x, out=view(x))
+    with pytest.raises(ValueError, match="saved has no x"):
+        bncore.batch_norm_backward(x, saved)
+    with pytest.raises(ValueError, match="no x"):
+        layer.backward(x)

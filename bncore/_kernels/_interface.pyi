@@ -54,7 +54,7 @@ class Normalization(Protocol):
         eps: float,
         out: Values | None,
         num_threads: int,
-    ) -> tuple[Values, Doubles, int, float] | None: ...
+    ) -> tuple[Values, Doubles, int, float, bool] | None: ...
     def normalize(
         self,
         x: Values,
