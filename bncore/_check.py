@@ -16,11 +16,13 @@ FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 def float_array(value, name: str) -> np.ndarray:
     """A floating-point ndarray; lists are converted, masked and object arrays are refused."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a plain array, got a masked array; pass mask= instead")
+        instead = "; pass mask= instead" if name == "x" else ""
+        raise TypeError(f"{name} must be a plain array, got a masked array{instead}")
     try:
         array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} must be an array of floats: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be an array of floats: {error}") from None
     if array.dtype.name not in FLOAT_NAMES:
         raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
     return array
@@ -100,6 +102,7 @@ def activation(value) -> tuple[int, float, float]:
     if value is None:
         return (0, 0.0, 0.0)
     name, *arguments = value if isinstance(value, tuple) and value else (value,)
+    name = name if isinstance(name, str) else None
     if name == "relu" and not arguments:
         return (1, 0.0, math.inf)
     if name == "leaky_relu" and len(arguments) == 1:
@@ -118,8 +121,13 @@ def activation(value) -> tuple[int, float, float]:
 
 def positions(value, name: str, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     """An array over the non-channel positions, broadcast to x's rank with channel axes of 1."""
-    array = np.asarray(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked array")
     shape = tuple([1 if axis in axes else size for axis, size in enumerate(x.shape)])
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array: {error}") from None
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
@@ -132,21 +140,23 @@ def mask(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
     """Booleans over the positions, True where x counts, or None."""
     if value is None:
         return None
-    if np.asarray(value).dtype != bool:
-        raise TypeError(f"mask must have dtype bool, got {np.asarray(value).dtype}")
-    return positions(value, "mask", x, axes)
+    array = positions(value, "mask", x, axes)
+    if array.dtype != bool:
+        raise TypeError(f"mask must have dtype bool, got {array.dtype}")
+    return array
 
 
 def sample_weight(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
     """Weights over the positions as float64, none negative, or None."""
     if value is None:
         return None
-    array = np.asarray(value)
+    array = positions(value, "sample_weight", x, axes)
     if array.dtype.name not in FLOAT_NAMES and array.dtype.kind not in "biu":
         raise TypeError(f"sample_weight must be an array of real numbers, got {array.dtype}")
-    array = positions(array, "sample_weight", x, axes).astype(np.float64)
-    if not (np.isfinite(array) & (array >= 0)).all():
-        raise ValueError("sample_weight must be finite and not negative")
+    array = array.astype(np.float64)
+    # Sums of weights, and of them times squares, stay far within float64's range.
+    if not ((array == 0) | ((array >= 2.0**-300) & (array <= 2.0**300))).all():
+        raise ValueError("sample_weight must be 0 or between 2^-300 and 2^300")
     return array
 
 

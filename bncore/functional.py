@@ -149,7 +149,8 @@ def batch_norm(
     gamma, beta : array_like, optional
         Scale and offset, one value per channel; 1 and 0 where not given.
     axis : int or tuple of int
-        The axis, or axes, that keep statistics of their own.
+        The axis, or axes, that keep statistics of their own, whose sizes in the order of x are the
+        shape of everything per channel.
     eps : float
         Added to the variance; any positive value is honoured as it is.
     activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
@@ -704,7 +705,8 @@ def _gradient_like(parameter):
 
 def _fill(gradient, sums):
     if gradient is not None:
-        gradient[...] = sums.reshape(gradient.shape)
+        with np.errstate(all="ignore"):  # a sum beyond the parameter's type is infinite there
+            gradient[...] = sums.reshape(gradient.shape)
 
 
 def _required(value, name, shape):
@@ -727,7 +729,10 @@ def _fixed_statistics(mean, var, gamma, beta, eps, shape):
 
 def _count(count, shape) -> float:
     """One number of values for all channels."""
-    counts = np.asarray(count, np.float64)
+    try:
+        counts = np.asarray(count, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"count must be a number or an array of numbers, got {count!r}") from None
     if counts.shape not in ((), shape):
         raise ValueError(f"count must be a number or have shape {shape}, got {counts.shape}")
     if counts.size == 0:

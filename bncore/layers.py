@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ class BatchNorm:
     Parameters
     ----------
     num_features : int or tuple of int
-        Size of the channel axis; one size per axis where ``axis`` is a tuple.
+        Size of the channel axis; where ``axis`` is a tuple one size per axis, in x's order of them.
     axis : int or tuple of int
         The channel axis or axes.
     eps : float
@@ -139,6 +140,8 @@ class BatchNorm:
         x = self._checked(x)
         if self.training or not self.track_running_stats:
             return self._normalize_batch(x, out)
+        if self.running_mean is None or self.running_var is None:
+            raise TypeError("running_mean and running_var must be arrays in evaluation, got None")
         overwritten = out is not None and np.may_share_memory(out, x)
         forward = _Fixed(
             None if overwritten else x, self.running_mean.copy(), self.running_var.copy()
@@ -237,13 +240,15 @@ class BatchNorm:
         ValueError, TypeError
             Where a key is missing or unknown, or an array does not fit; nothing is loaded then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
         arrays = self._arrays()
         known = set(arrays) | ({"num_batches_tracked"} if self.track_running_stats else set())
         missing = sorted(set(arrays) - set(state))
-        unknown = sorted(set(state) - known)
+        unknown = sorted(set(state) - known, key=str)
         if missing or unknown:
             raise ValueError(f"state has missing keys {missing} and unknown keys {unknown}")
-        loaded = {key: _loaded(state[key], key, self.shape) for key in arrays}
+        loaded = {key: _loaded(state[key], key, array) for key, array in arrays.items()}
         if "running_var" in loaded and (loaded["running_var"] < 0).any():
             raise ValueError("state's running_var must not be negative")
         tracked = self.num_batches_tracked
@@ -259,7 +264,7 @@ class BatchNorm:
         return (
             f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, "
             f"momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats})"
+            f"track_running_stats={self.track_running_stats}, activation={self.activation!r})"
         )
 
     def _checked(self, x):
@@ -296,6 +301,9 @@ class BatchNorm:
 
     def _spare(self, out):
         """Room to move the running statistics in, which are checked; None if none is needed."""
+        _momentum(self.momentum)
+        if type(self.num_batches_tracked) is not int:
+            raise TypeError(f"num_batches_tracked must be an int, got {self.num_batches_tracked!r}")
         mean, var = self.running_mean, self.running_var
         if _backend.active.statistics.movable_plain(mean, var, out, self._channels):
             return None
@@ -392,23 +400,26 @@ def _channel_shape(num_features):
 def _momentum(momentum):
     if momentum is None:
         return None
-    number = _check.real(momentum, "momentum")
+    number = momentum if type(momentum) is float else _check.real(momentum, "momentum")
     if not 0 <= number <= 1:
         raise ValueError(f"momentum must be None or between 0 and 1, got {momentum!r}")
     return number
 
 
-def _loaded(value, key, shape):
-    array = np.asarray(value)
-    if array.dtype.name not in _check.FLOAT_NAMES:
-        raise TypeError(f"state's {key} must be an array of floats, got {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"state's {key} must have shape {shape}, got {array.shape}")
-    return array
+def _loaded(value, key, like):
+    """A copy of a state's array, in the dtype of the layer's own."""
+    array = _check.float_array(value, f"state's {key}")
+    if array.shape != like.shape:
+        raise ValueError(f"state's {key} must have shape {like.shape}, got {array.shape}")
+    with np.errstate(all="ignore"):
+        return array.astype(like.dtype)
 
 
 def _loaded_counter(value):
     counter = np.asarray(value)
-    if counter.shape not in ((), (1,)) or counter.dtype.kind not in "iu" or counter.min() < 0:
+    if counter.shape not in ((), (1,)) or counter.dtype.kind not in "iu":
         raise ValueError(f"state's num_batches_tracked must be a count, got {value!r}")
-    return int(counter.reshape(()))
+    count = int(counter.reshape(()))
+    if not 0 <= count < 2**63:
+        raise ValueError(f"state's num_batches_tracked must be a count, got {value!r}")
+    return count

@@ -67,6 +67,11 @@ class Moments:
         degrees = self.count - ddof
         return np.divide(self.m2, degrees, out=np.full_like(self.m2, np.nan), where=degrees > 0)
 
+    def __radd__(self, other):
+        """0 + moments, where `sum` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    @np.errstate(all="ignore")
     def __add__(self, other):
         """The moments of both parts together.
 

@@ -25,7 +25,7 @@
 
 namespace bncore {
 
-constexpr ptrdiff_t kMaxLine = 2048;     // places on a line of columns
+constexpr ptrdiff_t kMaxLine = 1024;     // places on a line of columns, half for float64
 constexpr ptrdiff_t kSumLine = 512;      // the same where they are summed
 constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels in a group of rows
 constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
@@ -34,6 +34,9 @@ constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's 
 inline ptrdiff_t clamp(ptrdiff_t v, ptrdiff_t low, ptrdiff_t high) {
   return v > high ? high : v < low ? low : v;
 }
+
+/* Tables of coefficients live on the stacks of threads, which may be as small as 128 KB. */
+constexpr ptrdiff_t max_line(ptrdiff_t itemsize) { return itemsize == 8 ? kMaxLine / 2 : kMaxLine; }
 
 struct Grid {
   ptrdiff_t outer, channels, inner;       // N, C, S
@@ -96,11 +99,11 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
 }
 
 /* Lines to take at once: as many as make a line of 16 vectors, of whole vectors if may be. */
-inline ptrdiff_t line_tile(ptrdiff_t channels) {
+inline ptrdiff_t line_tile(ptrdiff_t channels, ptrdiff_t itemsize) {
   const ptrdiff_t enough = (256 + channels - 1) / channels;
   ptrdiff_t whole = 16;
   for (ptrdiff_t c = channels; c % 2 == 0 && whole > 1; c /= 2) whole /= 2;
-  return clamp((enough + whole - 1) / whole * whole, 1, kMaxLine / channels);
+  return clamp((enough + whole - 1) / whole * whole, 1, max_line(itemsize) / channels);
 }
 
 /* The grid for maps alone: no sums to keep together, so cells are as contiguous as can be. */
@@ -110,13 +113,13 @@ inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
   if (has_small_planes(outer, inner)) {
     grid.columns = true;
-    grid.width = kMaxLine / inner;
+    grid.width = max_line(itemsize) / inner;
   } else if (inner == 1) {
     grid.columns = true;
-    grid.width = kMaxLine;
-    if (channels < kPacked) grid.tile = line_tile(channels);
+    grid.width = max_line(itemsize);
+    if (channels < kPacked) grid.tile = line_tile(channels, itemsize);
   } else {
-    grid.width = clamp(cell / (inner * itemsize), 1, kMaxLine);
+    grid.width = clamp(cell / (inner * itemsize), 1, max_line(itemsize));
   }
   grid.cut(itemsize, cell, outer * inner);
   return grid;
@@ -152,7 +155,7 @@ enum {
 };
 
 template <class T> struct CoefficientTable {
-  alignas(64) typename Element<T>::Real row[kRows][kMaxLine + kPad];
+  alignas(64) typename Element<T>::Real row[kRows][max_line(sizeof(T)) + kPad];
 };
 
 /* A coefficient as a map takes it. */
@@ -700,7 +703,7 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   for (ptrdiff_t c = 0; c < channels; ++c) scaled |= !is_ordinary<Real>(mean[c], inv_std[c]);
   for (ptrdiff_t c = 0; c < channels; ++c) unit[c] = 1;
   for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<Real>(mean[c], inv_std[c]);
-  Real hi[kMaxLine], lo[kMaxLine];
+  Real hi[max_line(sizeof(T))], lo[max_line(sizeof(T))];
   for (ptrdiff_t c = 0; c < channels; ++c) {
     hi[c] = static_cast<Real>(mean[c] * unit[c]);
     lo[c] = static_cast<Real>(mean[c] * unit[c] - hi[c]);
@@ -757,7 +760,7 @@ inline bool fill_normalize(const Grid& grid, const NormalizeParameters& p, ptrdi
                            bool with_unit, CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  double unit[kMaxLine];
+  double unit[max_line(sizeof(T))];
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   if (with_unit && !scaled)
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
@@ -853,7 +856,7 @@ template <class T>
 inline void fill_gate_alone(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
                             CoefficientTable<T>* table) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  double unit[kMaxLine];
+  double unit[max_line(sizeof(T))];
   const bool scaled = fill_centre<T>(grid, p, first, last, unit, table);
   fill_gate<T>(grid, p, group, scaled, unit, table);
 }
@@ -895,7 +898,7 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
                           bool gated, CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  double unit[kMaxLine];
+  double unit[max_line(sizeof(T))];
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
   const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };

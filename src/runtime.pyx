@@ -25,6 +25,9 @@ cdef extern from "runtime.h" nogil:
     int possible_threads(int wanted, size_t stack_size)
     void forget_thread_limit()
 
+cdef enum:
+    LEAST_STACK = 256 << 10     # bytes that a kernel's thread needs, and some more
+
 cdef int chosen_threads = 0     # 0: as many as there are CPUs
 cdef int usable_cpus = 1
 cdef size_t stack_size = 0      # of an OpenMP thread; 0: the system's default
@@ -195,7 +198,9 @@ def get_num_threads():
         threads = usable_cpus
     if 0 < chosen_threads < threads:
         threads = chosen_threads
-    return threads if threads < 2 else possible_threads(threads, stack_size)
+    if threads < 2 or 0 < stack_size < LEAST_STACK:
+        return 1
+    return possible_threads(threads, stack_size)
 
 
 def _openmp_stack_size():

@@ -161,3 +161,11 @@ def test_a_layer_with_float32_parameters(backend, dtype):
     assert layer.eval()(x).dtype == dtype
     exact_mean = 0.1 * oracle.forward(x).mean
     assert_within(layer.running_mean, exact_mean, 2 * ulp(exact_mean, np.float32), "running_mean")
+
+
+def test_a_gradient_beyond_its_parameter_s_type_is_infinite(backend):
+    x = np.linspace(-1, 1, 400, dtype=np.float32).reshape(400, 1)
+    gamma = np.ones(1, np.float16)
+    _, saved = bncore.batch_norm(x, gamma, gamma)
+    g = bncore.batch_norm_backward(np.full_like(x, 1000), saved)
+    assert g.dbeta.dtype == np.float16 and np.isinf(g.dbeta[0])

@@ -279,3 +279,59 @@ class TestRanks:
 
     def test_repr_names_what_it_is(self):
         assert repr(bncore.BatchNorm2d(3)).startswith("BatchNorm2d(3, axis=1, eps=1e-05")
+
+
+class TestStateGivenByHand:
+    def test_a_state_of_the_layer_s_own_arrays_is_taken_as_it_was(self):
+        layer = bncore.BatchNorm(2)
+        layer.gamma[:], layer.beta[:] = [1, 2], [3, 4]
+        layer.load_state_dict({**layer._arrays(), "weight": layer.beta, "bias": layer.gamma})
+        assert layer.gamma.tolist() == [3, 4] and layer.beta.tolist() == [1, 2]
+
+    def test_values_beyond_the_layer_s_type_are_infinite_there(self):
+        layer = bncore.BatchNorm(2, dtype=np.float16)
+        layer.load_state_dict({**layer.state_dict(), "bias": np.array([1e6, 1.0])})
+        assert layer.beta.tolist() == [np.inf, 1]
+
+    @pytest.mark.parametrize(
+        ("key", "value", "error"),
+        [
+            ("num_batches_tracked", np.uint64(2**64 - 1), ValueError),
+            ("weight", np.ma.ones(2), TypeError),
+            ("bias", [[1.0], [1.0, 2.0]], ValueError),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, key, value, error):
+        layer = bncore.BatchNorm(2)
+        before = bits(*layer.state_dict().values())
+        with pytest.raises(error, match=key):
+            layer.load_state_dict({**layer.state_dict(), key: value})
+        assert bits(*layer.state_dict().values()) == before
+
+    def test_no_mapping(self):
+        with pytest.raises(TypeError, match="state must be a mapping, got NoneType"):
+            bncore.BatchNorm(2).load_state_dict(None)
+
+    @pytest.mark.parametrize(
+        ("attribute", "value", "error"),
+        [
+            ("momentum", 2.5, ValueError),
+            ("momentum", "a", TypeError),
+            ("num_batches_tracked", None, TypeError),
+            ("running_mean", None, TypeError),
+        ],
+    )
+    def test_attributes_are_checked_before_anything_is_written(
+        self, backend, attribute, value, error
+    ):
+        layer, out = bncore.BatchNorm(2), np.full((3, 2), 7, np.float32)
+        setattr(layer, attribute, value)
+        with pytest.raises(error, match=attribute):
+            layer(np.arange(6, dtype=np.float32).reshape(3, 2), out=out)
+        assert (out == 7).all()
+
+    def test_evaluation_without_running_statistics_names_them(self):
+        layer = bncore.BatchNorm(2).eval()
+        layer.running_var = None
+        with pytest.raises(TypeError, match="running_var"):
+            layer(np.zeros((3, 2), np.float32))

@@ -158,3 +158,9 @@ class TestGradientsOfParts:
             out = pair[0] if pair[1] is x else pair[1]
             assert bncore.backward_apply(*pair, *rest, axis=axis, out=out) is out
             assert bits(out) == bits(dx)
+
+
+def test_the_sum_of_a_list_needs_no_start(backend):
+    x = normal(1, (6, 3))
+    parts = [bncore.moments(x[:2]), bncore.moments(x[2:])]
+    assert_within(sum(parts).m2, bncore.moments(x).m2, 1e-13, "m2")

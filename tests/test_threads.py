@@ -255,3 +255,21 @@ bncore.set_num_threads(2)
 print(low, still, bncore.get_num_threads())
 """
     assert run(code, OMP_STACKSIZE="256M") == "1 1 2\n"
+
+
+@pytest.mark.parametrize("stack", ["16k", "64k", "128k", "300k"])
+def test_small_stacks_of_threads_end_nothing(stack):
+    work = (
+        "import numpy as np, bncore\n"
+        "x = np.random.default_rng(0).standard_normal((16, 64, 30, 30))\n"
+        "y, saved = bncore.batch_norm(x, activation='relu')\n"
+        "bncore.batch_norm_backward(x, saved)\n"
+        "x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))\n"
+        "bncore.batch_norm_backward(x, bncore.batch_norm(x, axis=-1)[1])\n"
+    )
+    environment = {**os.environ, "OMP_STACKSIZE": stack}
+    subprocess.run([sys.executable, "-c", work], env=environment, check=True, timeout=60)
+    in_a_thread = f"import threading\nthreading.stack_size(131072)\nwork = {work!r}\n" + (
+        "t = threading.Thread(target=lambda: exec(work, {}))\nt.start()\nt.join()\n"
+    )
+    subprocess.run([sys.executable, "-c", in_a_thread], env=environment, check=True, timeout=60)

@@ -44,8 +44,8 @@ def lead(ratios: Iterable[float | None]) -> Lead | None:
     Examples
     --------
     >>> from bncore.bench.summary import lead
-    >>> lead([0.5, None, 8.0])
-    Lead(mean=2.0, least=0.5, rows=2, slower=1)
+    >>> lead([0.25, None, 4.0])
+    Lead(mean=1.0, least=0.25, rows=2, slower=1)
     """
     known = [ratio for ratio in ratios if ratio]
     if not known:
