@@ -273,12 +273,13 @@ class BatchNorm:
         if self._ranks is not None and x.ndim not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise ValueError(f"x must have {ranks} dimensions, got {x.ndim}")
-        if self.axis == 1 and x.ndim > 1 and (x.shape[1],) == self.shape:
+        axis = self.axis
+        if type(axis) is int and -x.ndim <= axis < x.ndim and (x.shape[axis],) == self.shape:
             return x
-        axes = _check.channel_axes(self.axis, x.ndim)
+        axes = _check.channel_axes(axis, x.ndim)
         shape = tuple([x.shape[axis] for axis in axes])
         if shape != self.shape:
-            raise ValueError(f"x must have channels {self.shape} on axis {self.axis}, got {shape}")
+            raise ValueError(f"x must have channels {self.shape} on axis {axis}, got {shape}")
         return x
 
     def _normalize_batch(self, x, out):
