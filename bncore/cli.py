@@ -65,7 +65,7 @@ def parser_of(argv):
     parser = argparse.ArgumentParser(prog="bncore", description=bncore.__doc__)
     parser.add_argument("--version", action="version", version=f"bncore {bncore.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help())
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="command")
     info = commands.add_parser("info", help="show versions, instruction sets and threads in use")
     info.set_defaults(run=lambda args: bncore.show_config())
     for name, (module, summary) in COMMANDS.items():

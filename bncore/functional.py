@@ -618,7 +618,7 @@ def backward_apply(dy, x, mean, inv_std, gamma, sum_dy, sum_dy_xhat, count, *, a
         _parameter(_required(sum_dy, "sum_dy", shape)),
         _parameter(_required(sum_dy_xhat, "sum_dy_xhat", shape)),
     ])  # fmt: skip
-    count = _count(count, shape)
+    count = _count(count, shape, x.size)
     _check.output(
         out, x, in_place={"dy": dy, "x": x},
         read={"mean": mean, "inv_std": inv_std, "gamma": gamma},
@@ -727,8 +727,8 @@ def _fixed_statistics(mean, var, gamma, beta, eps, shape):
     return mean, var, 1 / np.sqrt(_parameter(var) + eps), gamma, beta
 
 
-def _count(count, shape) -> float:
-    """One number of values for all channels."""
+def _count(count, shape, size) -> float:
+    """One number of values for all channels; 0 only where there are none."""
     try:
         counts = np.asarray(count, np.float64)
     except (TypeError, ValueError):
@@ -737,6 +737,6 @@ def _count(count, shape) -> float:
         raise ValueError(f"count must be a number or have shape {shape}, got {counts.shape}")
     if counts.size == 0:
         return 0.0
-    if not (counts > 0).all() or (counts != counts.flat[0]).any():
+    if not (counts > 0).all() and (size or counts.any()) or (counts != counts.flat[0]).any():
         raise ValueError(f"count must be one positive number for all channels, got {count!r}")
     return float(counts.flat[0])

@@ -72,7 +72,11 @@ def forward(x, weight, gamma, beta, residual, activation, eps, y, stats, num_thr
 
 @np.errstate(all="ignore")
 def normalize(x, mean, mean_lo, inv_std, gamma, beta, residual, activation, y, num_threads=1):
-    """Normalize by given statistics: ``y = activation(gamma (x - mean) inv_std + beta + residual)``.
+    """Normalize by given statistics.
+
+    ::
+
+        y = activation(gamma (x - mean) inv_std + beta + residual)
 
     Parameters
     ----------

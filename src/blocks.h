@@ -87,7 +87,7 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
     grid.width = kSumLine / inner;
   } else if (inner == 1) {
     grid.columns = true;
-    /* Columns that stay in a cache are shared out without a barrier; others are read in long lines. */
+    /* Columns that stay in a cache are shared out without a barrier, others read in long lines. */
     const bool small = outer * channels * itemsize <= cached;
     grid.width = small ? kPacked / 2 : kSumLine;
     if (channels < kPacked / 2) grid.tile = kSumLine / 2 / channels;
@@ -336,11 +336,13 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
   while (n < end) {
     /* Whole tiles first, then what is left line by line. */
     const ptrdiff_t tile = grid.tile <= end - n ? grid.tile : 1;
-    const ptrdiff_t places = tile * channels * grid.inner, lines = clamp((end - n) / tile, 1, chain);
+    const ptrdiff_t places = tile * channels * grid.inner;
+    const ptrdiff_t lines = clamp((end - n) / tile, 1, chain);
     /* After a block's last line comes the neighbouring group, if there is one. */
     const bool done = n + lines * tile >= end;
-    const Ahead next = done && grid.blocks == 1 ? Ahead{(lines - 1) / kStripRows * -kStripRows, places}
-                                                : Ahead{kStripRows, 0};
+    const bool is_last = done && grid.blocks == 1;
+    const Ahead next = is_last ? Ahead{(lines - 1) / kStripRows * -kStripRows, places}
+                               : Ahead{kStripRows, 0};
     std::memset(line[0], 0, (places + kPad) * sizeof(double));
     std::memset(line[1], 0, (places + kPad) * sizeof(double));
     add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places, next,
@@ -556,9 +558,10 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t c = first; c < last; ++c)
-      write_rows<Writer::kStream>({writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s)},
-                                  {writer.out.at(piece.n, c) + piece.s}, piece.length,
-                                  c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
+      write_rows<Writer::kStream>(
+          {writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s)},
+          {writer.out.at(piece.n, c) + piece.s}, piece.length,
+          c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
   }
 }
 
@@ -815,8 +818,8 @@ inline void normalize_and_sum_block(const Grid& grid, View<const T> x, View<cons
                                     bool stream, ptrdiff_t group, ptrdiff_t block,
                                     ptrdiff_t next, const double* shift, double* partial) {
   typedef WriteAndSum<T, MomentTerms<T>> Work;
-  normalize_work(Work{grid, group, block, next, {x, shift, nullptr}, x.n_stride, partial}, x, residual, y,
-                 p, epilogue, stream);
+  const Work work = {grid, group, block, next, {x, shift, nullptr}, x.n_stride, partial};
+  normalize_work(work, x, residual, y, p, epilogue, stream);
 }
 
 /* What a backward pass reads. */

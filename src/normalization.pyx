@@ -18,13 +18,13 @@ from libc.math cimport sqrt
 
 from arguments cimport (
     FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, epilogue_of, fresh_like, kind_of,
-    no_epilogue, plain_eps, plain_input, plain_output, plain_parameter, plain_view, pointer, read_only,
-    shape_of, view_of, worth,
+    no_epilogue, plain_eps, plain_input, plain_output, plain_parameter, plain_view, pointer,
+    read_only, shape_of, view_of, worth,
 )
 from blocks cimport (
-    BFloat16, Epilogue, Grid, Half, NormalizeParameters, Tickets, Turns, View,
-    element, finish_inv_std, finish_moments, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot,
-    sum_grid,
+    BFloat16, Epilogue, Grid, Half, NormalizeParameters, Tickets, Turns, View, element,
+    finish_inv_std, finish_moments, map_grid, moments_block, normalize_and_sum_block,
+    normalize_block, pilot, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
 

@@ -13,8 +13,8 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, apart, is_plain, kind_of, plain_like, plain_parameter, read_only,
-    view_of,
+    FLOAT16, FLOAT32, FLOAT64, Kind, apart, is_plain, kind_of, plain_like, plain_parameter,
+    read_only, view_of,
 )
 from blocks cimport (
     BFloat16, Grid, Half, View, element, finish_moments, moments_block, pilot, sum_grid,
@@ -109,7 +109,9 @@ def movable_plain(running_mean, running_var, out, ptrdiff_t channels):
         and plain_like(running_var, <cnp.ndarray> running_mean)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
-        and (out is None or (is_plain(out) and apart(out, running_mean) and apart(out, running_var)))
+        and (out is None or is_plain(out))
+        and apart(out, running_mean)
+        and apart(out, running_var)
     )
 
 

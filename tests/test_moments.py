@@ -164,3 +164,13 @@ def test_the_sum_of_a_list_needs_no_start(backend):
     x = normal(1, (6, 3))
     parts = [bncore.moments(x[:2]), bncore.moments(x[2:])]
     assert_within(sum(parts).m2, bncore.moments(x).m2, 1e-13, "m2")
+
+
+def test_a_batch_that_is_empty_everywhere_has_an_empty_gradient(backend):
+    x, zero = np.zeros((0, 3), np.float32), np.zeros(3)
+    m = bncore.moments(x)
+    sums = bncore.backward_reduce(x, x, m.mean, zero + 1)
+    dx = bncore.backward_apply(x, x, m.mean, zero + 1, None, *sums, m.count)
+    assert dx.shape == x.shape
+    with pytest.raises(ValueError, match="count"):
+        bncore.backward_apply(x + 1, x, m.mean, zero + 1, None, *sums, -m.count - 1)

@@ -68,12 +68,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"begin no case later than that; with --quick {QUICK_SECONDS}",
     )  # fmt: skip
     results = parser.add_argument_group("results")
-    results.add_argument("--json", type=Path, help="write the results to this file")
-    results.add_argument("--markdown", type=Path, help="write a short table to this file")
-    results.add_argument("--plot", type=Path, help="draw bandwidth against size (PNG, SVG)")
+    results.add_argument("--json", type=_writable, help="write the results to this file")
+    results.add_argument("--markdown", type=_writable, help="write a short table to this file")
+    results.add_argument("--plot", type=_writable, help="draw bandwidth against size (PNG, SVG)")
     results.add_argument(
-        "--load", type=Path, nargs="+", help="measure nothing: report on these JSON files together"
-    )
+        "--load", type=_readable, nargs="+",
+        help="measure nothing: report on these JSON files together",
+    )  # fmt: skip
+
+
+def _writable(path: str) -> Path:
+    """A file's path in a folder that is there, told before anything is measured."""
+    if not Path(path).resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder for {path!r}")
+    return Path(path)
+
+
+def _readable(path: str) -> Path:
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path!r}")
+    return Path(path)
 
 
 def main(args: argparse.Namespace) -> int:
