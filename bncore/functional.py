@@ -64,7 +64,7 @@ class Saved:
         the number of values per channel.
     x, gamma, beta : ndarray or None
         The arrays of the forward pass, not copied: change them and the gradient changes.
-        ``x`` is None after a forward pass in place, which has overwritten it.
+        ``x`` is None after a pass in place, which has overwritten it.
     axes : tuple of int
         Channel axes.
     eps : float
@@ -282,13 +282,15 @@ def batch_norm_backward(dy, saved, *, out=None):
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
     if saved.x is None:
-        raise ValueError("saved has no x: the forward pass overwrote it (out=x)")
+        raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
+    overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, saved.x)
     extras = saved.extras
     if extras is None:
         plain = _backend.active.gradient.backward_plain(
             dy, saved.x, saved.stats, saved.gamma, saved.beta, saved.axes, out, get_num_threads()
         )
         if plain is not None:
+            saved.x = None if overwrites else saved.x
             return Gradients(*plain)
         extras = Extras(NO_ACTIVATION, None, False, None, None)
 
@@ -330,6 +332,7 @@ def batch_norm_backward(dy, saved, *, out=None):
         np.copyto(target.kernel_array, 0, where=~extras.valid[:, None], casting="unsafe")
     _fill(dgamma, sums[1])
     _fill(dbeta, sums[0])
+    saved.x = None if overwrites else saved.x
     return Gradients(target.finish(), dgamma, dbeta, dresidual)
 
 

@@ -228,3 +228,14 @@ def test_a_pass_over_a_view_of_x_leaves_no_x(backend, view):
         bncore.batch_norm_backward(x, saved)
     with pytest.raises(ValueError, match="no x"):
         layer.backward(x)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_gradient_over_x_leaves_no_x(backend, activation):
+    x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    dy = np.cos(x)
+    _, saved = bncore.batch_norm(x, activation=activation)
+    bncore.batch_norm_backward(dy, saved, out=dy)
+    bncore.batch_norm_backward(dy, saved, out=x[:])
+    with pytest.raises(ValueError, match="saved has no x"):
+        bncore.batch_norm_backward(dy, saved)
