@@ -160,6 +160,20 @@ def sample_weight(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | N
     return array
 
 
+def wanted(wrt, known: tuple[str, ...], default: tuple[str, ...], out) -> tuple[str, ...]:
+    """The names of what is differentiated with respect to."""
+    names = default if wrt is None else (wrt,) if isinstance(wrt, str) else wrt
+    try:
+        names = tuple(names)
+    except TypeError:
+        raise TypeError(f"wrt must be a name or several, got {wrt!r}") from None
+    if not names or not all(isinstance(name, str) and name in known for name in names):
+        raise ValueError(f"wrt must be of {', '.join(map(repr, known))}, got {wrt!r}")
+    if out is not None and "x" not in names:
+        raise ValueError(f"out takes dx, which wrt does not ask for, got wrt={wrt!r}")
+    return names
+
+
 def state(array, name: str, shape: tuple[int, ...]) -> None:
     """Check that an array of a layer's can be written to: it may have been replaced."""
     if type(array) is not np.ndarray:

@@ -93,6 +93,13 @@ def positions_to_kernel(positions: np.ndarray, layout: Layout) -> np.ndarray:
     return np.ascontiguousarray(positions.transpose(layout.order)).reshape(n, s)
 
 
+def gate_bytes(shape: tuple[int, int, int]) -> int:
+    """Bytes for a bit per element: a row's begin with a byte, and some are read beyond the last."""
+    n, c, s = shape
+    rows, length = (n * c, s) if s > 1 else (n, c)
+    return rows * ((length + 7) // 8) + 8
+
+
 def _effective_stride(x: np.ndarray, axis: int) -> int:
     if x.shape[axis] != 1:
         return x.strides[axis]

@@ -13,32 +13,54 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bncore import _backend, _check, _layout, reference
+from bncore import _backend, _check, _layout
 from bncore._config import get_num_threads
+from bncore._weights import Weights, weights_of
 from bncore.moments import Moments
 from bncore.reference import NO_ACTIVATION
+
+_GRADIENTS = ("x", "gamma", "beta", "residual")
 
 _SERIAL_SIZE = 32768
 """Elements up to which starting a second thread costs more than it brings."""
 
 
 class Gradients(NamedTuple):
-    """What a backward pass returns.
+    """What a backward pass returns; None stands for what there is not or was not asked for.
 
     Attributes
     ----------
-    dx : ndarray
+    dx : ndarray or None
         Gradient of the input, in its shape and dtype.
     dgamma, dbeta : ndarray or None
-        Gradients of the parameters, in their shape and dtype; None where there was none.
+        Gradients of the parameters, in their shape and dtype.
     dresidual : ndarray or None
-        Gradient of the residual; None where there was none.
+        Gradient of the residual, in its shape and dtype.
     """
 
-    dx: np.ndarray
+    dx: np.ndarray | None
     dgamma: np.ndarray | None
     dbeta: np.ndarray | None
     dresidual: np.ndarray | None = None
+
+
+class InferenceGradients(NamedTuple):
+    """What a backward pass with fixed statistics returns; None where `Gradients` has it too.
+
+    Attributes
+    ----------
+    dx, dgamma, dbeta, dresidual : ndarray or None
+        As in `Gradients`.
+    dmean, dvar : ndarray or None
+        Gradients of the statistics, in their shape and dtype.
+    """
+
+    dx: np.ndarray | None
+    dgamma: np.ndarray | None
+    dbeta: np.ndarray | None
+    dresidual: np.ndarray | None
+    dmean: np.ndarray | None
+    dvar: np.ndarray | None
 
 
 class Reduced(NamedTuple):
@@ -107,26 +129,27 @@ class Saved:
 
 
 class Extras(NamedTuple):
-    """What a forward pass was given beyond the plain arguments.
+    """What a forward pass was given beyond the plain arguments, and what it kept of them.
 
     Attributes
     ----------
     activation : (int, float, float)
         In the kernels' form.
-    residual : ndarray or None
-        None too where the result overwrote it.
     had_residual : bool
-    weight : (N, S) ndarray of float64, or None
-        Weights of the positions, 0 where masked.
-    valid : (N, S) ndarray of bool, or None
-        The mask.
+    bits : ndarray of uint8 or None
+        Where there was a residual and an activation: a bit for each element, whether the
+        activation hands its gradient on. Without a residual the activation's input is computed
+        again from x.
+    weights : Weights or None
     """
 
     activation: tuple[int, float, float]
-    residual: np.ndarray | None
     had_residual: bool
-    weight: np.ndarray | None
-    valid: np.ndarray | None
+    bits: np.ndarray | None
+    weights: Weights | None
+
+
+_NO_EXTRAS = Extras(NO_ACTIVATION, False, None, None)
 
 
 def batch_norm(
@@ -218,32 +241,33 @@ def batch_norm(
     )
 
     layout = _layout.layout_of(x, axes)
-    weight, valid = _weights(mask, sample_weight, layout)
-    # Weighted statistics are the reference's: the compiled kernels take all positions alike.
-    kernels = _backend.active.normalization if weight is None else reference
+    weights = weights_of(mask, sample_weight, layout)
+    bits = None
+    if residual is not None and activation != NO_ACTIVATION:
+        bits = np.empty(_layout.gate_bytes(layout.shape), np.uint8)
     stats = np.empty((4, layout.shape[1]))
     target = _Target(out, x, layout)
-    kernels.forward(
-        _layout.to_kernel(x, layout), weight, _parameter(gamma), _parameter(beta),
-        _optional(residual, layout), activation, eps, target.kernel_array, stats, _threads(x),
+    _backend.active.normalization.forward(
+        _layout.to_kernel(x, layout), weights, _parameter(gamma), _parameter(beta),
+        _optional(residual, layout), activation, eps, target.kernel_array, bits, stats,
+        _threads(x),
     )  # fmt: skip
-    if valid is not None:
-        np.copyto(target.kernel_array, 0, where=~valid[:, None], casting="unsafe")
-    values = float(layout.shape[0] * layout.shape[2]) if weight is None else float(weight.sum())
-    extras = Extras(
-        activation, _unless_overwritten(residual, out), residual is not None, weight, valid
-    )
-    kept = _unless_overwritten(x, out)
+    values = float(layout.shape[0] * layout.shape[2]) if weights is None else weights.count
+    extras = Extras(activation, residual is not None, bits, weights)
+    kept = None if out is not None and _check.coincide(out, x) else x
     return target.finish(), Saved(kept, gamma, beta, axes, eps, values, stats, shape, extras)
 
 
-def batch_norm_backward(dy, saved, *, out=None):
+def batch_norm_backward(dy, saved, *, wrt=None, out=None):
     """Gradients of `batch_norm`, through the statistics.
 
     ::
 
-        dbeta = sum dy        dgamma = sum dy x'        x' = (x - mean) / sqrt(var + eps)
-        dx = gamma / sqrt(var + eps) (dy - (dbeta + x' dgamma) / n)
+        dz = activation'(z) dy        x' = (x - mean) / sqrt(var + eps)
+        dbeta = sum dz        dgamma = sum dz x'        dresidual = dz
+        dx = gamma / sqrt(var + eps) (dz - w (dbeta + x' dgamma) / sum w)
+
+    with all weights w 1 where none were given.
 
     Parameters
     ----------
@@ -251,6 +275,9 @@ def batch_norm_backward(dy, saved, *, out=None):
         Gradient of the loss with respect to y, in x's shape and dtype.
     saved : Saved
         From `batch_norm`.
+    wrt : str or sequence of str, optional
+        Which gradients to compute, of "x", "gamma", "beta" and "residual"; all that there are
+        where not given. The others are None, and cost nothing where they alone need it.
     out : ndarray, optional
         Takes dx; may be dy or x themselves.
 
@@ -283,57 +310,44 @@ def batch_norm_backward(dy, saved, *, out=None):
         raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
     if saved.x is None:
         raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
+    wanted = _GRADIENTS if wrt is None else _check.wanted(wrt, _GRADIENTS, _GRADIENTS, out)
     overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, saved.x)
-    extras = saved.extras
-    if extras is None:
+    if saved.extras is None and "x" in wanted:
         plain = _backend.active.gradient.backward_plain(
             dy, saved.x, saved.stats, saved.gamma, saved.beta, saved.axes, out, get_num_threads()
         )
         if plain is not None:
             saved.x = None if overwrites else saved.x
-            return Gradients(*plain)
-        extras = Extras(NO_ACTIVATION, None, False, None, None)
+            dx, dgamma, dbeta = plain
+            return Gradients(
+                dx, dgamma if "gamma" in wanted else None, dbeta if "beta" in wanted else None
+            )
 
     x, gamma, beta = saved.x, saved.gamma, saved.beta
+    extras = saved.extras or _NO_EXTRAS
     dy = _check.same_shape(dy, "dy", x)
     _check.output(
-        out, x, in_place={"dy": dy, "x": x, "residual": extras.residual},
+        out, x, in_place={"dy": dy, "x": x},
         read={"gamma": gamma, "beta": beta, "saved's statistics": saved.stats},
     )  # fmt: skip
     layout = _layout.layout_of(x, saved.axes)
-    sums = np.empty((2, layout.shape[1]))
-    kernel_dy, kernel_x = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout)
-    if extras.valid is not None:
-        kernel_dy = np.where(extras.valid[:, None], kernel_dy, kernel_dy.dtype.type(0))
-        kernel_x = np.where(extras.valid[:, None], kernel_x, kernel_x.dtype.type(0))
-    if extras.had_residual and extras.residual is None and extras.activation != NO_ACTIVATION:
-        raise ValueError("saved has no residual: the forward pass overwrote it (out=residual)")
-    residual = _optional(extras.residual, layout)
-    mean, mean_lo, _, inv_std = saved.stats
-    through = mean, mean_lo, inv_std, gamma, beta, residual, extras.activation
-    dresidual = None
-    if extras.had_residual:
-        kernel_dz = _through_activation(kernel_dy, kernel_x, *through)
-        kernel_dz = kernel_dz.copy() if kernel_dz is kernel_dy else kernel_dz
-        dresidual = _layout.from_kernel(kernel_dz, layout, x.shape)
-    target = _Target(out, x, layout)
-    dgamma, dbeta = _gradient_like(gamma), _gradient_like(beta)
-    if extras.weight is None:
-        _backend.active.gradient.backward(
-            kernel_dy, kernel_x, saved.stats, _parameter(gamma), _parameter(beta), residual,
-            extras.activation, saved.values, target.kernel_array, sums, _threads(x),
-        )  # fmt: skip
-    else:
-        reference.weighted_backward(
-            _through_activation(kernel_dy, kernel_x, *through), kernel_x, extras.weight,
-            saved.stats, _parameter(gamma), target.kernel_array, sums,
-        )  # fmt: skip
-    if extras.valid is not None:
-        np.copyto(target.kernel_array, 0, where=~extras.valid[:, None], casting="unsafe")
-    _fill(dgamma, sums[1])
-    _fill(dbeta, sums[0])
+    target = _Target(out, x, layout) if "x" in wanted else None
+    residual = _Target(None, x, layout) if extras.had_residual and "residual" in wanted else None
+    dgamma = _gradient_like(gamma) if "gamma" in wanted else None
+    dbeta = _gradient_like(beta) if "beta" in wanted else None
+    summing = target is not None or dgamma is not None or dbeta is not None
+    sums = np.empty((2, layout.shape[1])) if summing else None
+    _backend.active.gradient.backward(
+        _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), extras.weights, saved.stats,
+        _parameter(gamma), _parameter(beta), extras.bits, extras.activation,
+        saved.values if extras.weights is None else extras.weights.total,
+        _kernel_array(target), _kernel_array(residual), sums, _threads(x),
+    )  # fmt: skip
+    if summing:
+        _fill(dgamma, sums[1])
+        _fill(dbeta, sums[0])
     saved.x = None if overwrites else saved.x
-    return Gradients(target.finish(), dgamma, dbeta, dresidual)
+    return Gradients(_finished(target), dgamma, dbeta, _finished(residual))
 
 
 def batch_norm_inference(
@@ -411,27 +425,34 @@ def batch_norm_inference(
 
 
 def batch_norm_inference_backward(
-    dy, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5, activation=None, out=None
-):
+    dy, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5,
+    activation=None, residual=None, wrt=None, out=None,
+):  # fmt: skip
     """Gradients of `batch_norm_inference`, the statistics held fixed.
 
     ::
 
-        dx = gamma / sqrt(var + eps) dy        dbeta = sum dy        dgamma = sum dy x'
+        dz = activation'(z) dy        x' = (x - mean) / sqrt(var + eps)
+        dx = gamma / sqrt(var + eps) dz        dresidual = dz
+        dbeta = sum dz        dmean = -gamma / sqrt(var + eps) sum dz
+        dgamma = sum dz x'    dvar = -gamma / (2 (var + eps)) sum dz x'
 
     Parameters
     ----------
     dy : array_like
         Gradient of the loss with respect to y, in x's shape and dtype.
-    x, mean, var, gamma, beta, axis, eps, activation
+    x, mean, var, gamma, beta, axis, eps, activation, residual
         As in `batch_norm_inference`.
+    wrt : str or sequence of str, optional
+        Which gradients to compute, of "x", "gamma", "beta", "residual", "mean" and "var"; all that
+        there are but the last two where not given. The others are None and cost nothing.
     out : ndarray, optional
         Takes dx; may be dy or x themselves.
 
     Returns
     -------
-    Gradients
-        dx, dgamma, dbeta, dresidual.
+    InferenceGradients
+        dx, dgamma, dbeta, dresidual, dmean, dvar.
 
     Raises
     ------
@@ -443,39 +464,52 @@ def batch_norm_inference_backward(
     >>> import bncore, numpy as np
     >>> one = np.ones(1)
     >>> g = bncore.batch_norm_inference_backward(np.ones((3, 1)), np.zeros((3, 1)), 0 * one,
-    ...                                          4 * one, one, eps=1e-12)
-    >>> g.dx.ravel()
-    array([0.5, 0.5, 0.5])
+    ...                                          4 * one, one, eps=1e-12, wrt=("x", "mean"))
+    >>> g.dx.ravel(), g.dmean
+    (array([0.5, 0.5, 0.5]), array([-1.5]))
     """
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
     dy = _check.same_shape(dy, "dy", x)
     mean, var, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
+    activation = _check.activation(activation)
+    residual = None if residual is None else _check.same_shape(residual, "residual", x)
+    wanted = _check.wanted(wrt, (*_GRADIENTS, "mean", "var"), _GRADIENTS, out)
     _check.output(
-        out, x, in_place={"dy": dy, "x": x},
+        out, x, in_place={"dy": dy, "x": x, "residual": residual},
         read={"gamma": gamma, "beta": beta, "mean": mean, "var": var},
     )  # fmt: skip
-    activation = _check.activation(activation)
     layout = _layout.layout_of(x, axes)
-    sums = np.empty((2, layout.shape[1]))
-    target = _Target(out, x, layout)
-    kernel_x = _layout.to_kernel(x, layout)
-    kernel_dz = _through_activation(
-        _layout.to_kernel(dy, layout), kernel_x, _parameter(mean), None, inv_std, gamma, beta,
-        None, activation,
-    )  # fmt: skip
-    arguments = kernel_dz, kernel_x, _parameter(mean), None
-    gradient = _backend.active.gradient
-    dgamma, dbeta = _gradient_like(gamma), _gradient_like(beta)
-    if gamma is not None or beta is not None:
-        gradient.reduce(*arguments, inv_std, sums, _threads(x))
-    gradient.apply(
-        *arguments, inv_std, _parameter(gamma), None, 0.0, target.kernel_array, _threads(x)
+    target = _Target(out, x, layout) if "x" in wanted else None
+    per_channel = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    gradients = {
+        name: _gradient_like(array) if name in wanted else None
+        for name, array in per_channel.items()
+    }
+    summing = any(gradient is not None for gradient in gradients.values())
+    sums = np.empty((2, layout.shape[1])) if summing else None
+    kernel_x, kernel_dz = _layout.to_kernel(x, layout), _layout.to_kernel(dy, layout)
+    given = _parameter(mean), inv_std, _parameter(gamma), _parameter(beta)
+    dresidual = None
+    if residual is not None:
+        # What was added shifts the activation's input: its gradient comes first, by itself.
+        dz = _Target(None, x, layout)
+        _backend.active.gradient.activation_backward(
+            kernel_dz, kernel_x, given[0], None, *given[1:], _layout.to_kernel(residual, layout),
+            None, activation, dz.kernel_array, _threads(x),
+        )  # fmt: skip
+        kernel_dz, activation = dz.kernel_array, NO_ACTIVATION
+        dresidual = dz.finish() if "residual" in wanted else None
+    _backend.active.gradient.fixed_backward(
+        kernel_dz, kernel_x, *given, activation, _kernel_array(target), sums, _threads(x)
     )
-    _fill(dgamma, sums[1])
-    _fill(dbeta, sums[0])
-    return Gradients(target.finish(), dgamma, dbeta)
+    if summing:
+        _fill_fixed(gradients, sums, inv_std, given[2])
+    return InferenceGradients(
+        _finished(target), gradients["gamma"], gradients["beta"], dresidual, gradients["mean"],
+        gradients["var"],
+    )  # fmt: skip
 
 
 def moments(x, *, axis=1, mask=None, sample_weight=None):
@@ -513,13 +547,15 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
     mask = _check.mask(mask, x, axes)
     sample_weight = _check.sample_weight(sample_weight, x, axes)
     layout = _layout.layout_of(x, axes)
-    weight, _ = _weights(mask, sample_weight, layout)
-    kernels = _backend.active.statistics if weight is None else reference
+    weights = weights_of(mask, sample_weight, layout)
     stats = np.empty((3, layout.shape[1]))
-    kernels.moments(_layout.to_kernel(x, layout), weight, stats, _threads(x))
+    _backend.active.statistics.moments(
+        _layout.to_kernel(x, layout), weights, stats, _threads(x)
+    )
     mean, mean_lo, m2 = stats.reshape((3, *shape))
-    values = float(layout.shape[0] * layout.shape[2]) if weight is None else float(weight.sum())
-    return Moments(np.full(shape, values), mean, m2, mean_lo)
+    if weights is None:
+        return Moments(np.full(shape, layout.shape[0] * layout.shape[2]), mean, m2, mean_lo)
+    return Moments(np.full(shape, weights.count), mean, m2 * weights.unit, mean_lo)
 
 
 def backward_reduce(dy, x, mean, inv_std, *, axis=1):
@@ -655,39 +691,16 @@ class _Target:
         return self._out
 
 
-def _weights(mask, sample_weight, layout):
-    """The positions' weights, 0 where masked, and the mask, both as ``(N, S)`` or None."""
-    if mask is None and sample_weight is None:
-        return None, None
-    if mask is None:
-        return _layout.positions_to_kernel(sample_weight, layout), None
-    valid = _layout.positions_to_kernel(mask, layout)
-    if sample_weight is None:
-        return valid.astype(np.float64), valid
-    return np.where(valid, _layout.positions_to_kernel(sample_weight, layout), 0.0), valid
-
-
 def _optional(array, layout):
     return None if array is None else _layout.to_kernel(array, layout)
 
 
-def _unless_overwritten(array, out):
-    """The array, or None where the result went into it."""
-    if array is None or (out is not None and _check.coincide(out, array)):
-        return None
-    return array
+def _kernel_array(target):
+    return None if target is None else target.kernel_array
 
 
-def _through_activation(dy, x, mean, mean_lo, inv_std, gamma, beta, residual, activation):
-    """dz from dy, where y = activation(z): z is computed again, it was not stored."""
-    if activation == NO_ACTIVATION:
-        return dy
-    dz = np.empty(x.shape, x.dtype)
-    _backend.active.gradient.activation_backward(
-        dy, x, mean, mean_lo, inv_std, _parameter(gamma), _parameter(beta), residual, activation,
-        dz, _threads(x),
-    )  # fmt: skip
-    return dz
+def _finished(target):
+    return None if target is None else target.finish()
 
 
 def _threads(x):
@@ -710,6 +723,15 @@ def _fill(gradient, sums):
     if gradient is not None:
         with np.errstate(all="ignore"):  # a sum beyond the parameter's type is infinite there
             gradient[...] = sums.reshape(gradient.shape)
+
+
+def _fill_fixed(gradients, sums, inv_std, gamma):
+    """The gradients per channel where the statistics were given."""
+    scale = inv_std if gamma is None else gamma * inv_std
+    _fill(gradients["beta"], sums[0])
+    _fill(gradients["gamma"], sums[1])
+    _fill(gradients["mean"], -scale * sums[0])
+    _fill(gradients["var"], -0.5 * scale * inv_std * sums[1])
 
 
 def _required(value, name, shape):

@@ -17,7 +17,7 @@ NO_ACTIVATION = (0, 0.0, 0.0)
 
 
 @np.errstate(all="ignore")
-def moments(x, weight, stats, num_threads=1):
+def moments(x, weights, stats, num_threads=1):
     """Per-channel weighted mean and sum of squared deviations.
 
     ::
@@ -27,19 +27,22 @@ def moments(x, weight, stats, num_threads=1):
     Parameters
     ----------
     x : (N, C, S) array
-    weight : (N, S) float64 array or None
-        Weight of each position, None for all ones.  What stands at weight 0 has no influence.
+    weights : bncore._weights.Weights or None
+        Weight of each position, None for all ones. What stands at weight 0, or where a position is
+        masked, has no influence.
     stats : (3, C) float64 array, written
         Rows mean, mean_lo and m2; zeros where no position has weight.
     num_threads : int
         Ignored here, as in every function of this module.
     """
-    stats[0], stats[1], m2, scale = _moments(x, weight)
+    stats[0], stats[1], m2, scale = _moments(x, weights)
     stats[2] = np.ldexp(m2, 2 * scale)
 
 
 @np.errstate(all="ignore")
-def forward(x, weight, gamma, beta, residual, activation, eps, y, stats, num_threads=1):
+def forward(
+    x, weights, gamma, beta, residual, activation, eps, y, bits, stats, num_threads=1
+):
     """Normalize by the batch's own statistics.
 
     ::
@@ -50,24 +53,32 @@ def forward(x, weight, gamma, beta, residual, activation, eps, y, stats, num_thr
     Parameters
     ----------
     x : (N, C, S) array
-    weight : (N, S) float64 array or None
+    weights : bncore._weights.Weights or None
+        y is 0 where a position is masked.
     gamma, beta : (C,) float64 array or None
     residual : (N, C, S) array or None
     activation : (int, float, float)
     eps : float
-    y : (N, C, S) array, written; may be x
+    y : (N, C, S) array, written; may be x or residual
+    bits : uint8 array or None, written
+        A bit for each element, 1 where the activation hands its gradient on as it is. The order is
+        the backend's own.
     stats : (4, C) float64 array, written
         Rows mean, mean_lo, var (biased) and inv_std.
     """
-    mean, mean_lo, m2, scale = _moments(x, weight)
-    count = _count(x, weight)
+    mean, mean_lo, m2, scale = _moments(x, weights)
+    count = _count(x, weights)
     var = m2 / count if count else m2
     # The scaled eps overflows only where the variance is nothing beside it.
     scaled_eps = np.ldexp(float(eps), -2 * scale)
     scaled = np.ldexp(1 / np.sqrt(var + scaled_eps), -scale)
     inv_std = np.where(np.isinf(scaled_eps), 1 / np.sqrt(eps), scaled)
     stats[:] = mean, mean_lo, np.ldexp(var, 2 * scale), inv_std
-    normalize(x, stats[0], stats[1], stats[3], gamma, beta, residual, activation, y)
+    z = _affine(x, stats[0], stats[1], stats[3], gamma, beta, residual)
+    if bits is not None:
+        packed = np.packbits(_passes(z, activation))
+        bits[: packed.size] = packed
+    y[...] = _unmasked(_activate(z, activation), weights)
 
 
 @np.errstate(all="ignore")
@@ -101,8 +112,8 @@ def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
     mean_lo : (C,) float64 array or None
     sums : (2, C) float64 array, written
     """
-    dy, _ = _by_channel(dy, None)
-    normalized, _ = _by_channel(_normalized(x, mean, mean_lo, inv_std), None)
+    dy = _by_channel(dy)
+    normalized = _by_channel(_normalized(x, mean, mean_lo, inv_std))
     sums[0] = dy.sum(axis=1)
     sums[1] = (dy * normalized).sum(axis=1)
 
@@ -120,44 +131,88 @@ def apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx, num_threads=1):
     dy, x : (N, C, S) array
     mean, inv_std : (C,) float64 array
     mean_lo, gamma : (C,) float64 array or None
-    sums : (2, C) float64 array or None
-        None where the statistics were fixed: ``dx = gamma inv_std dy``.
+    sums : (2, C) float64 array
     count : float
         Values per channel.
     dx : (N, C, S) array, written; may be dy or x
     """
     gradient = dy.astype(np.float64)
-    if sums is not None and count:
+    if count:
         normalized = _normalized(x, mean, mean_lo, inv_std)
         gradient -= (_column(sums[0]) + normalized * _column(sums[1])) / count
     scale = inv_std if gamma is None else gamma * inv_std
     dx[...] = _column(scale) * gradient
 
 
+@np.errstate(all="ignore")
 def backward(
-    dy, x, stats, gamma, beta, residual, activation, count, dx, sums, num_threads=1
+    dy, x, weights, stats, gamma, beta, bits, activation, count, dx, dz, sums, num_threads=1
 ):
-    """`reduce`, then `apply`, with the statistics that `forward` wrote.
+    """The gradient through the statistics that `forward` wrote.
+
+    ::
+
+        dz_i = activation'(z_i) dy_i
+        dx_i = gamma inv_std (dz_i - w_i (sum dz + x'_i sum dz x') / sum w)
 
     Parameters
     ----------
     dy, x : (N, C, S) array
+    weights : bncore._weights.Weights or None
+        dx and dz are 0 where a position is masked, and nothing there has influence.
     stats : (4, C) float64 array
     gamma, beta : (C,) float64 array or None
-    residual : (N, C, S) array or None
+    bits : uint8 array or None
+        From `forward`; where None, the activation's input is computed again from x.
     activation : (int, float, float)
-        The sums and dx are those of dz, the gradient of what the activation was applied to.
     count : float
-    dx : (N, C, S) array, written; may be dy or x
-    sums : (2, C) float64 array, written
+        Sum of the weights.
+    dx : (N, C, S) array or None, written; may be dy or x
+    dz : (N, C, S) array or None, written
+        The gradient of a residual.
+    sums : (2, C) float64 array or None, written; not None where dx is not
+        Sums of all dz and dz x', unweighted: every y depends on beta and gamma alike.
     """
     mean, mean_lo, _, inv_std = stats
+    gradient = dy.astype(np.float64)
+    through = mean, mean_lo, inv_std, gamma, beta, None, bits, activation
+    activation_backward(gradient, x, *through, gradient)
+    gradient = _unmasked(gradient, weights)
+    if dz is not None:
+        dz[...] = gradient
+    if sums is None:
+        return
+    normalized = _unmasked(_normalized(x, mean, mean_lo, inv_std), weights)
+    sums[0] = _by_channel(gradient).sum(axis=1)
+    sums[1] = (_by_channel(gradient) * _by_channel(normalized)).sum(axis=1)
+    if dx is None:
+        return
+    if count:
+        share = 1 / count if weights is None else weights.values[:, None] / count
+        gradient -= share * (_column(sums[0]) + normalized * _column(sums[1]))
+    dx[...] = _unmasked(_column(inv_std if gamma is None else gamma * inv_std) * gradient, weights)
+
+
+@np.errstate(all="ignore")
+def fixed_backward(dy, x, mean, inv_std, gamma, beta, activation, dx, sums, num_threads=1):
+    """The gradient where the statistics were given: ``dx = gamma inv_std dz``.
+
+    Parameters
+    ----------
+    dy, x : (N, C, S) array
+    mean, inv_std : (C,) float64 array
+    gamma, beta : (C,) float64 array or None
+    activation : (int, float, float)
+    dx : (N, C, S) array or None, written; may be dy or x
+    sums : (2, C) float64 array or None, written
+        As in `backward`.
+    """
     dz = dy.astype(np.float64)
-    activation_backward(
-        dz, x, mean, mean_lo, inv_std, gamma, beta, residual, activation, dz
-    )
-    reduce(dz, x, mean, mean_lo, inv_std, sums)
-    apply(dz, x, mean, mean_lo, inv_std, gamma, sums, count, dx)
+    activation_backward(dz, x, mean, None, inv_std, gamma, beta, None, None, activation, dz)
+    if sums is not None:
+        reduce(dz, x, mean, None, inv_std, sums)
+    if dx is not None:
+        dx[...] = _column(inv_std if gamma is None else gamma * inv_std) * dz
 
 
 @np.errstate(all="ignore")
@@ -186,37 +241,8 @@ def move_running(running_mean, running_var, stats, momentum, unbias, spare):
 
 
 @np.errstate(all="ignore")
-def weighted_backward(dy, x, weight, stats, gamma, dx, sums):
-    """`backward` where the statistics were weighted.
-
-    ::
-
-        dx_i = gamma inv_std (dy_i - w_i (sum dy + x'_i sum dy x') / sum w)
-
-    Parameters
-    ----------
-    dy, x : (N, C, S) array
-    weight : (N, S) float64 array
-    stats : (4, C) float64 array
-    gamma : (C,) float64 array or None
-    dx : (N, C, S) array, written; may be dy or x
-    sums : (2, C) float64 array, written
-        Sums of all dy and dy x', unweighted: every y depends on beta and gamma alike.
-    """
-    mean, mean_lo, _, inv_std = stats
-    reduce(dy, x, mean, mean_lo, inv_std, sums)
-    gradient = dy.astype(np.float64)
-    total = weight.sum()
-    if total:
-        share = weight[:, None] / total
-        normalized = _normalized(x, mean, mean_lo, inv_std)
-        gradient -= share * (_column(sums[0]) + normalized * _column(sums[1]))
-    dx[...] = _column(inv_std if gamma is None else gamma * inv_std) * gradient
-
-
-@np.errstate(all="ignore")
 def activation_backward(
-    dy, x, mean, mean_lo, inv_std, gamma, beta, residual, activation, dz, num_threads=1
+    dy, x, mean, mean_lo, inv_std, gamma, beta, residual, bits, activation, dz, num_threads=1
 ):
     """The gradient of ``activation(z)``: dz = dy where z passes, else 0 or slope dy.
 
@@ -230,17 +256,20 @@ def activation_backward(
     mean, inv_std : (C,) float64 array
     mean_lo, gamma, beta : (C,) float64 array or None
     residual : (N, C, S) array or None
+    bits : uint8 array or None
+        Instead of z, where `forward` kept them.
     activation : (int, float, float)
     dz : (N, C, S) array, written; may be dy
     """
-    code, a, b = activation
-    z = _affine(x, mean, mean_lo, inv_std, gamma, beta, residual)
-    if code == 1:
-        dz[...] = np.where((z <= a) | (z >= b), 0, dy)
-    elif code == 2:
-        dz[...] = np.where(z <= 0, a * dy, dy)
-    else:
+    code, slope, _ = activation
+    if code == 0:
         dz[...] = dy
+        return
+    if bits is None:
+        passes = _passes(_affine(x, mean, mean_lo, inv_std, gamma, beta, residual), activation)
+    else:
+        passes = np.unpackbits(bits, count=dy.size).reshape(dy.shape) == 1
+    dz[...] = np.where(passes, dy, slope * dy if code == 2 and slope else 0)
 
 
 def forward_plain(*arguments):
@@ -251,11 +280,14 @@ def forward_plain(*arguments):
 normalize_plain = backward_plain = movable_plain = move_running_plain = forward_plain
 
 
-def _moments(x, weight):
+def _moments(x, weights):
     """mean, mean_lo, m2 and scale per channel; the true m2 is ``m2 * 4**scale``."""
-    values, w = _by_channel(x, weight)
+    values, w = _by_channel(x), None
+    if weights is not None:
+        used = weights.values.ravel() > 0
+        values, w = values[:, used], weights.values.ravel()[used]
     zeros = np.zeros(x.shape[1])
-    count = _count(x, weight)
+    count = _count(x, weights)
     if not count or not x.shape[1]:
         return zeros, zeros, zeros, zeros.astype(int)
     shift = values[:, :1]
@@ -275,23 +307,24 @@ def _moments(x, weight):
     return mean[:, 0], mean_lo[:, 0], m2[:, 0], scale[:, 0]
 
 
-def _by_channel(x, weight):
-    """x as contiguous (C, N*S) float64, and the weights, without the positions of weight 0."""
+def _by_channel(x):
+    """x as contiguous (C, N*S) float64."""
     # Contiguous, as NumPy sums pairwise, and so accurately, only along contiguous memory.
     by_channel = np.ascontiguousarray(x.transpose(1, 0, 2), np.float64)
-    values = by_channel.reshape(x.shape[1], x.shape[0] * x.shape[2])
-    if weight is None:
-        return values, None
-    used = weight.ravel() != 0
-    return values[:, used], weight.ravel()[used]
+    return by_channel.reshape(x.shape[1], x.shape[0] * x.shape[2])
 
 
-def _count(x, weight):
-    return float(x.shape[0] * x.shape[2]) if weight is None else float(weight.sum())
+def _count(x, weights):
+    return float(x.shape[0] * x.shape[2]) if weights is None else weights.total
 
 
 def _total(values, w):
     return (values if w is None else values * w).sum(axis=1, keepdims=True)
+
+
+def _unmasked(values, weights):
+    """Values of (N, C, S), 0 where a position is masked."""
+    return values if weights is None else np.where(weights.values[:, None] < 0, 0.0, values)
 
 
 def _column(per_channel):
@@ -314,6 +347,12 @@ def _affine(x, mean, mean_lo, inv_std, gamma, beta, residual):
     if residual is not None:
         z += residual
     return z
+
+
+def _passes(z, activation):
+    """Where an activation hands its gradient on as it is."""
+    code, a, b = activation
+    return ~((z <= a) | (z >= b)) if code == 1 else ~(z <= 0)
 
 
 def _activate(z, activation):

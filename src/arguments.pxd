@@ -10,8 +10,9 @@ cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from libc.math cimport INFINITY
+from libc.stdint cimport uint8_t
 
-from blocks cimport Epilogue, View, element
+from blocks cimport Epilogue, View, Weights, element
 
 
 cdef struct Shape:
@@ -227,3 +228,30 @@ cdef inline Epilogue no_epilogue() noexcept nogil:
     cdef Epilogue epilogue
     epilogue.activation, epilogue.a, epilogue.b = 0, 0.0, 0.0
     return epilogue
+
+
+cdef inline Weights equal_weights(const Shape& shape) noexcept nogil:
+    """Every position counts 1."""
+    cdef Weights weights
+    weights.data = NULL
+    weights.n_stride = weights.first_used = 0
+    weights.total = <double> (shape.outer * shape.inner)
+    return weights
+
+
+cdef inline Weights weights_of(object given, const Shape& shape) except *:
+    """A `bncore._weights.Weights` as a struct, None as equal weights."""
+    cdef Weights weights = equal_weights(shape)
+    if given is None:
+        return weights
+    values, weights.total, weights.first_used, _ = given
+    weights.data = <const double*> cnp.PyArray_DATA(<cnp.ndarray?> values)
+    weights.n_stride = shape.inner
+    return weights
+
+
+cdef inline uint8_t* bits_of(cnp.ndarray bits) noexcept:
+    """The start of an array of bits, NULL for None."""
+    if bits is None:
+        return NULL
+    return <uint8_t*> cnp.PyArray_DATA(bits)

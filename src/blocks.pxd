@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The grid of cells and the work of one cell, as `blocks.h` has them."""
 
-from libc.stdint cimport uint16_t
+from libc.stdint cimport uint8_t, uint16_t
 
 cdef extern from "blocks.h" namespace "bncore" nogil:
     struct Half:
@@ -17,8 +17,17 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         ptrdiff_t last_channel(ptrdiff_t group)
         ptrdiff_t group_size()
         bint pairs(ptrdiff_t group, ptrdiff_t next)
-    Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize)
-    Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize)
+    struct Purpose:
+        bint weighted, packed
+    Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
+                  Purpose)
+    Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
+                  Purpose)
+    struct Weights:
+        const double* data
+        ptrdiff_t n_stride
+        double total
+        ptrdiff_t first_used
     cppclass View[T]:
         T* data
         ptrdiff_t n_stride, c_stride
@@ -41,43 +50,55 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         const double* sum_dy_xhat
         double count
 
+    cppclass ForwardInput[T]:
+        View[const T] x, residual
+        Epilogue epilogue
+        Weights weights
+        uint8_t* bits
+        Purpose purpose()
     cppclass BackwardInput[T]:
         View[const T] dy, x, residual
         Epilogue epilogue
+        Weights weights
+        const uint8_t* bits
+        Purpose purpose()
+    cppclass BackwardOutput[T]:
+        View[T] dx, dz
 
     # partial: (blocks, 4, C) sums, merged by the finish functions of a group
-    double pilot[T](const Grid&, View[const T], ptrdiff_t channel)
-    void moments_block[T](const Grid&, View[const T], const double* shift, ptrdiff_t group,
-                          ptrdiff_t block, double* partial)
-    void finish_moments[T](const Grid&, View[const T], double* partial, double* shift,
-                           ptrdiff_t group, double* unit, double* mean, double* mean_lo,
-                           double* m2)
-    void finish_inv_std(const Grid&, double eps, ptrdiff_t group, const double* unit, double* var,
-                        double* inv_std)
-    void normalize_block[T](const Grid&, View[const T], View[const T] residual, View[T],
-                            const NormalizeParameters&, Epilogue, bint stream, ptrdiff_t group,
+    double pilot[T](const Grid&, View[const T], const Weights&, ptrdiff_t channel)
+    void moments_block[T](const Grid&, View[const T], const Weights&, const double* shift,
+                          ptrdiff_t group, ptrdiff_t block, double* partial)
+    void finish_moments[T](const Grid&, View[const T], const Weights&, double* partial,
+                           double* shift, ptrdiff_t group, double* unit, double* mean,
+                           double* mean_lo, double* m2)
+    void finish_inv_std(const Grid&, const Weights&, double eps, ptrdiff_t group,
+                        const double* unit, double* var, double* inv_std)
+    void normalize_block[T](const Grid&, const ForwardInput[T]&, View[T] y,
+                            const NormalizeParameters&, bint stream, ptrdiff_t group,
                             ptrdiff_t block)
     void reduce_block[T](const Grid&, const BackwardInput[T]&, const GradientParameters&,
                          ptrdiff_t group, ptrdiff_t block, double* partial)
     void finish_sums(const Grid&, double* partial, const double* inv_std, ptrdiff_t group,
                      double* sum_dy, double* sum_dy_xhat)
     void gate_block[T](const Grid&, const BackwardInput[T]&, View[T] dz,
-                       const GradientParameters&, ptrdiff_t group, ptrdiff_t block)
-    void gradient_block[T](const Grid&, const BackwardInput[T]&, View[T] dx,
+                       const GradientParameters&, bint stream, ptrdiff_t group, ptrdiff_t block)
+    void gradient_block[T](const Grid&, const BackwardInput[T]&, const BackwardOutput[T]&,
                            const GradientParameters&, bint stream, ptrdiff_t group,
                            ptrdiff_t block)
-    void fixed_gradient_block[T](const Grid&, View[const T] dy, View[T] dx,
+    void fixed_gradient_block[T](const Grid&, const BackwardInput[T]&, View[T] dx,
                                  const GradientParameters&, bint stream, ptrdiff_t group,
                                  ptrdiff_t block)
 
     # The same with the sums of another group's cell, where grid.pairs(group, next).
-    void normalize_and_sum_block[T](const Grid&, View[const T], View[const T] residual, View[T],
-                                    const NormalizeParameters&, Epilogue, bint stream,
-                                    ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
-                                    const double* shift, double* partial)
-    void gradient_and_sum_block[T](const Grid&, const BackwardInput[T]&, View[T] dx,
-                                   const GradientParameters&, bint stream, ptrdiff_t group,
-                                   ptrdiff_t block, ptrdiff_t next, double* partial)
+    void normalize_and_sum_block[T](const Grid&, const ForwardInput[T]&, View[T] y,
+                                    const NormalizeParameters&, bint stream, ptrdiff_t group,
+                                    ptrdiff_t block, ptrdiff_t next, const double* shift,
+                                    double* partial)
+    void gradient_and_sum_block[T](const Grid&, const BackwardInput[T]&,
+                                   const BackwardOutput[T]&, const GradientParameters&,
+                                   bint stream, ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
+                                   double* partial)
     cppclass Tickets:
         void set_batch(const Grid&, ptrdiff_t itemsize, ptrdiff_t threads)
     cppclass Turns:

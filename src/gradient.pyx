@@ -13,12 +13,13 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, epilogue_of, fill_gradient,
-    fresh_like, gradient_like, kind_of, no_epilogue, plain_input, plain_like, plain_output,
-    plain_parameter, plain_view, pointer, read_only, same_or_apart, shape_of, view_of, worth,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of, equal_weights,
+    fill_gradient, fresh_like, gradient_like, kind_of, no_epilogue, plain_input, plain_like,
+    plain_output, plain_parameter, plain_view, pointer, read_only, same_or_apart, shape_of,
+    view_of, weights_of, worth,
 )
 from blocks cimport (
-    BackwardInput, BFloat16, Epilogue, GradientParameters, Grid, Half, Tickets, Turns, View,
+    BackwardInput, BackwardOutput, BFloat16, GradientParameters, Grid, Half, Tickets, Turns, View,
     element, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block, gradient_block,
     map_grid, reduce_block, sum_grid,
 )
@@ -51,7 +52,7 @@ cdef void apply_all(
     const Grid& grid,
     const BackwardInput[element]& input,    # dy, x: (N, C, S)
     const GradientParameters& parameters,
-    View[element] dx,                       # (N, C, S)
+    const BackwardOutput[element]& output,  # dx: (N, C, S)
     int num_threads,
 ) noexcept nogil:
     """dx = gamma inv_std (dz - (sum_dy + x' sum_dy_xhat) / n)"""
@@ -60,14 +61,9 @@ cdef void apply_all(
     for cell in prange(
         grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
     ):
-        if parameters.sum_dy == NULL:
-            fixed_gradient_block(
-                grid, input.dy, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
-            )
-        else:
-            gradient_block(
-                grid, input, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
-            )
+        gradient_block(
+            grid, input, output, parameters, stream, cell // grid.blocks, cell % grid.blocks
+        )
 
 
 cdef void gate_all(
@@ -79,10 +75,39 @@ cdef void gate_all(
 ) noexcept nogil:
     """dz = activation'(z) dy"""
     cdef ptrdiff_t cell
+    cdef bint stream = is_streamed(grid, sizeof(element))
     for cell in prange(
         grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
     ):
-        gate_block(grid, input, dz, parameters, cell // grid.blocks, cell % grid.blocks)
+        gate_block(grid, input, dz, parameters, stream, cell // grid.blocks, cell % grid.blocks)
+
+
+cdef void differentiate_fixed(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    double* partial,                        # (blocks, 4, C), scratch; NULL: no sums are taken
+    View[element] dx,                       # (N, C, S); NULL: only the sums
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
+    int num_threads,
+) noexcept nogil:
+    """dx = gamma inv_std dz, and the sums of the same cell while it is cached"""
+    cdef ptrdiff_t cell, group
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    with parallel(num_threads=num_threads):
+        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
+            if partial != NULL:
+                reduce_block(
+                    grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
+                )
+            if dx.data != NULL:
+                fixed_gradient_block(
+                    grid, input, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
+                )
+        if partial != NULL:
+            for group in prange(grid.groups, schedule="static"):
+                finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
 
 
 cdef void reduce_group(
@@ -103,7 +128,7 @@ cdef void differentiate_groups(
     const GradientParameters& parameters,
     bint stream,
     double* partial,                        # (blocks, 4, C), scratch
-    View[element] dx,                       # (N, C, S)
+    const BackwardOutput[element]& output,  # dx, dz: (N, C, S)
     double* sum_dy,                         # (C,)
     double* sum_dy_xhat,                    # (C,)
     Tickets* tickets,
@@ -119,11 +144,11 @@ cdef void differentiate_groups(
         if grid.pairs(group, following):
             for block in range(grid.blocks):
                 gradient_and_sum_block(
-                    grid, input, dx, parameters, stream, group, block, following, partial
+                    grid, input, output, parameters, stream, group, block, following, partial
                 )
         else:
             for block in range(grid.blocks - 1, -1, -1):
-                gradient_block(grid, input, dx, parameters, stream, group, block)
+                gradient_block(grid, input, output, parameters, stream, group, block)
             if following < grid.groups:
                 reduce_group(grid, input, parameters, following, partial)
         group = following
@@ -131,10 +156,11 @@ cdef void differentiate_groups(
 
 cdef void differentiate(
     const Grid& grid,
-    const BackwardInput[element]& input,    # dy, x, residual: (N, C, S)
+    const Grid& cells,                      # the same cut for the second pass
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
     const GradientParameters& parameters,
     double* partial,                        # (blocks, 4, C), scratch
-    View[element] dx,                       # (N, C, S)
+    const BackwardOutput[element]& output,  # dx, dz: (N, C, S)
     double* sum_dy,                         # (C,)
     double* sum_dy_xhat,                    # (C,)
     int num_threads,
@@ -142,18 +168,17 @@ cdef void differentiate(
     """Both passes, group by group where a group stays in a cache."""
     cdef ptrdiff_t group, cell
     cdef bint stream = is_streamed(grid, sizeof(element))
-    cdef Grid cells = map_grid(grid.outer, grid.channels, grid.inner, sizeof(element))
     cdef Tickets tickets
     if is_resident(grid, 2 * sizeof(element), num_threads):
         tickets.set_batch(grid, sizeof(element), num_threads)
         if num_threads == 1: # without OpenMP's microsecond
             differentiate_groups(
-                grid, input, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets
+                grid, input, parameters, stream, partial, output, sum_dy, sum_dy_xhat, &tickets
             )
             return
         with parallel(num_threads=num_threads):
             differentiate_groups(
-                grid, input, parameters, stream, partial, dx, sum_dy, sum_dy_xhat, &tickets
+                grid, input, parameters, stream, partial, output, sum_dy, sum_dy_xhat, &tickets
             )
         return
     with parallel(num_threads=num_threads):
@@ -165,24 +190,41 @@ cdef void differentiate(
             finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
         for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
             gradient_block(
-                cells, input, dx, parameters, stream, cell // cells.blocks, cell % cells.blocks
+                cells, input, output, parameters, stream, cell // cells.blocks,
+                cell % cells.blocks,
             )
 
 
-cdef inline BackwardInput[element] input_of(
-    View[element] dy, View[element] x, View[element] residual, Epilogue epilogue
+cdef inline BackwardInput[element] plain_input_of(
+    View[element] dy, View[element] x, const Shape& shape
 ) noexcept:
+    """dy and x alone."""
     cdef BackwardInput[element] input
     input.dy, input.x = read_only(dy), read_only(x)
-    input.residual, input.epilogue = read_only(residual), epilogue
+    input.residual.data = NULL
+    input.epilogue, input.weights = no_epilogue(), equal_weights(shape)
+    input.bits = NULL
     return input
 
 
-cdef inline BackwardInput[element] plain_input_of(View[element] dy, View[element] x) noexcept:
-    """Without residual and activation."""
-    cdef View[element] none
-    none.data = NULL
-    return input_of(dy, x, none, no_epilogue())
+cdef inline BackwardOutput[element] just(View[element] dx) noexcept:
+    """dx without dz."""
+    cdef BackwardOutput[element] output
+    output.dx = dx
+    output.dz.data = NULL
+    return output
+
+
+cdef inline Grid sums_of(const BackwardInput[element]& input, const Shape& shape) noexcept nogil:
+    return sum_grid(
+        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
+    )
+
+
+cdef inline Grid cells_of(const BackwardInput[element]& input, const Shape& shape) noexcept nogil:
+    return map_grid(
+        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
+    )
 
 
 cdef double* scratch_for(const Grid& grid) except NULL:
@@ -197,8 +239,8 @@ cdef int reduce_as(
     double[:, ::1] sums, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
-    cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like))
+    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
+    cdef Grid grid = sums_of(input, shape)
     cdef double* partial = scratch_for(grid)
     with nogil:
         reduce_all(grid, input, parameters, partial, &sums[0, 0], &sums[1, 0], num_threads)
@@ -252,25 +294,24 @@ cdef int apply_as(
     int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
-    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like))
-    cdef View[element] dx_view = view_of(dx, like)
+    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
+    cdef Grid grid = cells_of(input, shape)
+    cdef BackwardOutput[element] output = just(view_of(dx, like))
     with nogil:
-        apply_all(grid, input, parameters, dx_view, num_threads)
+        apply_all(grid, input, parameters, output, num_threads)
     return 0
 
 
 def apply(
     cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
     const double[::1] mean_lo, const double[::1] inv_std not None, const double[::1] gamma,
-    const double[:, ::1] sums, double count, cnp.ndarray dx not None, int num_threads,
+    const double[:, ::1] sums not None, double count, cnp.ndarray dx not None, int num_threads,
 ):
     """The gradient of the input from the two sums; see `bncore.reference.apply`."""
     if not cnp.PyArray_SIZE(x):
         return
     cdef GradientParameters parameters = parameters_of(mean, mean_lo, inv_std, gamma, None)
-    if sums is not None:
-        parameters.sum_dy, parameters.sum_dy_xhat = &sums[0, 0], &sums[1, 0]
+    parameters.sum_dy, parameters.sum_dy_xhat = &sums[0, 0], &sums[1, 0]
     parameters.count = count
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
@@ -285,13 +326,13 @@ def apply(
 
 cdef int gate_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters,
-    cnp.ndarray residual, Epilogue epilogue, cnp.ndarray dz, int num_threads,
+    cnp.ndarray residual, cnp.ndarray bits, activation, cnp.ndarray dz, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
-    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef BackwardInput[element] input = input_of(
-        view_of(dy, like), view_of(x, like), view_of(residual, like), epilogue
-    )
+    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
+    input.residual, input.epilogue = read_only(view_of(residual, like)), epilogue_of(activation)
+    input.bits = bits_of(bits)
+    cdef Grid grid = cells_of(input, shape)
     cdef View[element] dz_view = view_of(dz, like)
     with nogil:
         gate_all(grid, input, parameters, dz_view, num_threads)
@@ -301,90 +342,165 @@ cdef int gate_as(
 def activation_backward(
     cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
     const double[::1] mean_lo, const double[::1] inv_std not None, const double[::1] gamma,
-    const double[::1] beta, cnp.ndarray residual, activation, cnp.ndarray dz not None,
-    int num_threads,
+    const double[::1] beta, cnp.ndarray residual, cnp.ndarray bits, activation,
+    cnp.ndarray dz not None, int num_threads,
 ):
     """The gradient of an activation; see `bncore.reference.activation_backward`."""
     if not cnp.PyArray_SIZE(x):
         return
-    cdef Epilogue epilogue = epilogue_of(activation)
     cdef GradientParameters parameters = parameters_of(mean, mean_lo, inv_std, gamma, beta)
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        gate_as(<float*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+        gate_as(
+            <float*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+        )
     elif kind == FLOAT64:
-        gate_as(<double*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+        gate_as(
+            <double*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+        )
     elif kind == FLOAT16:
-        gate_as(<Half*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+        gate_as(
+            <Half*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+        )
     else:
-        gate_as(<BFloat16*> NULL, dy, x, parameters, residual, epilogue, dz, num_threads)
+        gate_as(
+            <BFloat16*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+        )
+
+
+cdef int fixed_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters, activation,
+    cnp.ndarray dx, double[:, ::1] sums, int num_threads,
+) except -1:
+    cdef Shape shape = shape_of(x)
+    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
+    input.epilogue = epilogue_of(activation)
+    cdef bint summing = sums is not None
+    cdef Grid grid = sums_of(input, shape) if summing else cells_of(input, shape)
+    cdef double* partial = scratch_for(grid) if summing else NULL
+    cdef double* sum_dy = &sums[0, 0] if summing else NULL
+    cdef double* sum_dy_xhat = &sums[1, 0] if summing else NULL
+    cdef View[element] dx_view = view_of(dx, like)
+    with nogil:
+        differentiate_fixed(
+            grid, input, parameters, partial, dx_view, sum_dy, sum_dy_xhat, num_threads
+        )
+    PyMem_Free(partial)
+    return 0
+
+
+def fixed_backward(
+    cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
+    const double[::1] inv_std not None, const double[::1] gamma, const double[::1] beta,
+    activation, cnp.ndarray dx, double[:, ::1] sums, int num_threads,
+):
+    """The gradient where the statistics were given; see `bncore.reference.fixed_backward`."""
+    if not cnp.PyArray_SIZE(x):
+        if sums is not None:
+            sums[:, :] = 0
+        return
+    cdef const double[::1] mean_lo = zeros(mean.shape[0])
+    cdef GradientParameters parameters = parameters_of(mean, mean_lo, inv_std, gamma, beta)
+    cdef Kind kind = kind_of(x)
+    if kind == FLOAT32:
+        fixed_as(
+            <float*> NULL, dy, x, parameters, activation, dx, sums, num_threads
+        )
+    elif kind == FLOAT64:
+        fixed_as(
+            <double*> NULL, dy, x, parameters, activation, dx, sums, num_threads
+        )
+    elif kind == FLOAT16:
+        fixed_as(
+            <Half*> NULL, dy, x, parameters, activation, dx, sums, num_threads
+        )
+    else:
+        fixed_as(
+            <BFloat16*> NULL, dy, x, parameters, activation, dx, sums, num_threads
+        )
 
 
 cdef int backward_with_scratch(
     BackwardInput[element] input, Shape shape, const double* stats, const double* gamma,
-    const double* beta, double count, View[element] dx, double* sums, int num_threads,
+    const double* beta, double count, BackwardOutput[element] output, double* sums,
+    int num_threads,
 ) except -1:
     """`differentiate` with its scratch, and the statistics that a forward pass wrote."""
-    cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    cdef Grid grid = sums_of(input, shape), cells = cells_of(input, shape)
     cdef GradientParameters parameters
     parameters.mean, parameters.mean_lo = stats, stats + shape.channels
     parameters.inv_std = stats + 3 * shape.channels
     parameters.gamma, parameters.beta = gamma, beta
     parameters.sum_dy, parameters.sum_dy_xhat = sums, sums + shape.channels
     parameters.count = count
+    if sums == NULL: # only dz is asked for
+        with nogil:
+            gate_all(cells, input, parameters, output.dz, num_threads)
+        return 0
+    cdef double* sum_dy = sums
+    cdef double* sum_dy_xhat = sums + shape.channels
     cdef double* partial = scratch_for(grid)
     with nogil:
-        differentiate(
-            grid, input, parameters, partial, dx, sums, sums + shape.channels, num_threads
-        )
+        if output.dx.data != NULL:
+            differentiate(
+                grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat, num_threads
+            )
+        else:
+            reduce_all(grid, input, parameters, partial, sum_dy, sum_dy_xhat, num_threads)
+            if output.dz.data != NULL:
+                gate_all(cells, input, parameters, output.dz, num_threads)
     PyMem_Free(partial)
     return 0
 
 
 cdef int backward_as(
-    element* like, cnp.ndarray dy, cnp.ndarray x, const double[:, ::1] stats,
-    const double[::1] gamma, const double[::1] beta, cnp.ndarray residual, Epilogue epilogue,
-    double count, cnp.ndarray dx, double[:, ::1] sums, int num_threads,
+    element* like, cnp.ndarray dy, cnp.ndarray x, weights, const double[:, ::1] stats,
+    const double[::1] gamma, const double[::1] beta, cnp.ndarray bits, activation, double count,
+    cnp.ndarray dx, cnp.ndarray dz, double[:, ::1] sums, int num_threads,
 ) except -1:
-    cdef BackwardInput[element] input = input_of(
-        view_of(dy, like), view_of(x, like), view_of(residual, like), epilogue
-    )
+    cdef Shape shape = shape_of(x)
+    cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
+    input.epilogue, input.bits = epilogue_of(activation), bits_of(bits)
+    input.weights = weights_of(weights, shape)
+    cdef BackwardOutput[element] output
+    output.dx, output.dz = view_of(dx, like), view_of(dz, like)
+    cdef double* totals = &sums[0, 0] if sums is not None else NULL
     return backward_with_scratch(
-        input, shape_of(x), &stats[0, 0], pointer(gamma), pointer(beta), count, view_of(dx, like),
-        &sums[0, 0], num_threads,
+        input, shape, &stats[0, 0], pointer(gamma), pointer(beta), count, output, totals,
+        num_threads,
     )
 
 
 def backward(
-    cnp.ndarray dy not None, cnp.ndarray x not None, const double[:, ::1] stats not None,
-    const double[::1] gamma, const double[::1] beta, cnp.ndarray residual, activation,
-    double count, cnp.ndarray dx not None, double[:, ::1] sums not None, int num_threads,
+    cnp.ndarray dy not None, cnp.ndarray x not None, weights, const double[:, ::1] stats not None,
+    const double[::1] gamma, const double[::1] beta, cnp.ndarray bits, activation, double count,
+    cnp.ndarray dx, cnp.ndarray dz, double[:, ::1] sums, int num_threads,
 ):
-    """`reduce` and `apply` at once; see `bncore.reference.backward`."""
+    """The gradient through the statistics; see `bncore.reference.backward`."""
     if not cnp.PyArray_SIZE(x):
-        sums[:, :] = 0
+        if sums is not None:
+            sums[:, :] = 0
         return
-    cdef Epilogue epilogue = epilogue_of(activation)
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
         backward_as(
-            <float*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
-            num_threads,
+            <float*> NULL, dy, x, weights, stats, gamma, beta, bits, activation, count, dx, dz,
+            sums, num_threads,
         )
     elif kind == FLOAT64:
         backward_as(
-            <double*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
-            num_threads,
+            <double*> NULL, dy, x, weights, stats, gamma, beta, bits, activation, count, dx, dz,
+            sums, num_threads,
         )
     elif kind == FLOAT16:
         backward_as(
-            <Half*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
-            num_threads,
+            <Half*> NULL, dy, x, weights, stats, gamma, beta, bits, activation, count, dx, dz,
+            sums, num_threads,
         )
     else:
         backward_as(
-            <BFloat16*> NULL, dy, x, stats, gamma, beta, residual, epilogue, count, dx, sums,
-            num_threads,
+            <BFloat16*> NULL, dy, x, weights, stats, gamma, beta, bits, activation, count, dx, dz,
+            sums, num_threads,
         )
 
 
@@ -393,11 +509,12 @@ cdef int backward_plain_as(
     const double* gamma, cnp.ndarray dx, double* sums, int num_threads,
 ) except -1:
     cdef BackwardInput[element] input = plain_input_of(
-        plain_view(dy, shape, like), plain_view(x, shape, like)
+        plain_view(dy, shape, like), plain_view(x, shape, like), shape
     )
+    cdef BackwardOutput[element] output = just(plain_view(dx, shape, like))
     return backward_with_scratch(
-        input, shape, stats, gamma, NULL, <double> (shape.outer * shape.inner),
-        plain_view(dx, shape, like), sums, worth(shape, num_threads),
+        input, shape, stats, gamma, NULL, input.weights.total, output, sums,
+        worth(shape, num_threads),
     )
 
 

@@ -3,7 +3,7 @@
  *   Normalize      y  = act(z)
  *   JustGate       dz = act'(z) dy
  *   Gradient       dx = scale ((dz - shift_hi) - shift_lo - ((x - mean_hi) - mean_lo) slope)
- *   FixedGradient  dx = scale dy
+ *   FixedGradient  dx = scale dz
  *
  * z is in activations.h. The mean is subtracted in two steps, hi then lo, and never folded into
  * the offset: x - mean_hi is exact or nearly so where x is near the mean, which is where a x + b
@@ -18,53 +18,60 @@ namespace bncore {
 
 /* ------------------------------------------------------------------------------------- maps */
 
-template <class T, template <class> class Coefficient, class Activation, bool Residual, bool Scaled>
-struct Normalize {
-  Latent<T, Coefficient, Residual, Scaled> latent;
+template <class T, class Latent, class Activation, class Weigh> struct Normalize {
+  typedef typename Element<T>::Vec Vec;
+  Latent latent;
   Activation activation;
+  Weigh weigh;
 
-  template <bool Whole>
-  typename Element<T>::Vec at(ptrdiff_t i, int k) const {
-    return activation(latent.template z<typename Element<T>::Vec, Whole>(i, k));
+  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+    return unmasked<Whole>(weigh, activation(latent.template z<Vec, Whole>(i, k)), i, k);
   }
 };
 
-/* Source gives dz, see activations.h. */
-template <class T, template <class> class Coefficient, bool Scaled, class Source>
+/* Source gives dz, see activations.h. With weights the shift and the slope count w times. */
+template <class T, template <class> class Coefficient, bool Scaled, class Source, class Weigh>
 struct Gradient {
   typedef typename Element<T>::Vec Vec;
   Source source;
   const T* x;
   Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale, unit;
+  Weigh weigh;
 
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
     Vec v = load_as<Vec, Whole>(x + i, k);
     if (Scaled) v *= unit.at(i);
-    const Vec d = (v - mean_hi.at(i)) - mean_lo.at(i);
-    const Vec g = (source.template dz<Vec, Whole>(i, k) - shift_hi.at(i)) - shift_lo.at(i);
-    return fma(-d, slope.at(i), g) * scale.at(i);
+    const Vec d = (v - mean_hi.at(i)) - mean_lo.at(i), dz = source.template dz<Vec, Whole>(i, k);
+    if constexpr (Weigh::kAny) {
+      const Vec w = weigh.template at<Vec, Whole>(i, k);
+      const Vec g = (dz - w * shift_hi.at(i)) - w * shift_lo.at(i);
+      return w < Vec{} ? Vec{} : fma(-d * w, slope.at(i), g) * scale.at(i);
+    } else {
+      const Vec g = (dz - shift_hi.at(i)) - shift_lo.at(i);
+      return fma(-d, slope.at(i), g) * scale.at(i);
+    }
   }
 };
 
 /* dz itself. */
-template <class T, class Source> struct JustGate {
+template <class T, class Source, class Weigh> struct JustGate {
+  typedef typename Element<T>::Vec Vec;
   Source source;
+  Weigh weigh;
 
-  template <bool Whole>
-  typename Element<T>::Vec at(ptrdiff_t i, int k) const {
-    return source.template dz<typename Element<T>::Vec, Whole>(i, k);
+  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+    return unmasked<Whole>(weigh, source.template dz<Vec, Whole>(i, k), i, k);
   }
 };
 
-/* The statistics are constants: dx = scale dy. */
-template <class T, template <class> class Coefficient>
-struct FixedGradient {
-  const T* dy;
+/* The statistics are constants: dx = scale dz. */
+template <class T, template <class> class Coefficient, class Source> struct FixedGradient {
+  typedef typename Element<T>::Vec Vec;
+  Source source;
   Coefficient<T> scale;
 
-  template <bool Whole>
-  typename Element<T>::Vec at(ptrdiff_t i, int k) const {
-    return load_as<typename Element<T>::Vec, Whole>(dy + i, k) * scale.at(i);
+  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+    return source.template dz<Vec, Whole>(i, k) * scale.at(i);
   }
 };
 

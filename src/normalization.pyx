@@ -17,14 +17,14 @@ from cython.parallel cimport parallel, prange
 from libc.math cimport sqrt
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, epilogue_of, fresh_like, kind_of,
-    no_epilogue, plain_eps, plain_input, plain_output, plain_parameter, plain_view, pointer,
-    read_only, shape_of, view_of, worth,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of, equal_weights,
+    fresh_like, kind_of, no_epilogue, plain_eps, plain_input, plain_output, plain_parameter,
+    plain_view, pointer, read_only, shape_of, view_of, weights_of, worth,
 )
 from blocks cimport (
-    BFloat16, Epilogue, Grid, Half, NormalizeParameters, Tickets, Turns, View, element,
-    finish_inv_std, finish_moments, map_grid, moments_block, normalize_and_sum_block,
-    normalize_block, pilot, sum_grid,
+    BFloat16, ForwardInput, Grid, Half, NormalizeParameters, Purpose, Tickets, Turns, View,
+    Weights, element, finish_inv_std, finish_moments, map_grid, moments_block,
+    normalize_and_sum_block, normalize_block, pilot, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
 
@@ -33,73 +33,72 @@ cnp.import_array()
 
 cdef void sum_group(
     const Grid& grid,
-    View[const element] x,          # (N, C, S)
+    const ForwardInput[element]& input,     # x: (N, C, S)
     ptrdiff_t group,
-    double* partial,                # (blocks, 4, C)
-    double* shift,                  # (C,)
+    double* partial,                        # (blocks, 4, C)
+    double* shift,                          # (C,)
 ) noexcept nogil:
     cdef ptrdiff_t c, block
     for c in range(grid.first_channel(group), grid.last_channel(group)):
-        shift[c] = pilot(grid, x, c)
+        shift[c] = pilot(grid, input.x, input.weights, c)
     for block in range(grid.blocks):
-        moments_block(grid, x, shift, group, block, partial)
+        moments_block(grid, input.x, input.weights, shift, group, block, partial)
 
 
 cdef void normalize_groups(
     const Grid& grid,
-    View[const element] x,          # (N, C, S)
-    View[const element] residual,   # (N, C, S) or NULL
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const NormalizeParameters& parameters,
-    Epilogue epilogue,
     double eps,
     bint stream,
-    double* partial,                # (blocks, 4, C), scratch
-    double* shift,                  # (C,), scratch
-    double* unit,                   # (C,), scratch
-    View[element] y,                # (N, C, S)
-    double* stats,                  # (4, C)
+    double* partial,                        # (blocks, 4, C), scratch
+    double* shift,                          # (C,), scratch
+    double* unit,                           # (C,), scratch
+    View[element] y,                        # (N, C, S)
+    double* stats,                          # (4, C)
     Tickets* tickets,
 ) noexcept nogil:
     """One thread's part: sum a group, then normalize it while the next one is summed."""
     cdef Turns turns
     cdef ptrdiff_t channels = grid.channels, c, block, following, group = turns.take(tickets)
     if group < grid.groups:
-        sum_group(grid, x, group, partial, shift)
+        sum_group(grid, input, group, partial, shift)
     while group < grid.groups:
         finish_moments(
-            grid, x, partial, shift, group, unit, stats, stats + channels, stats + 2 * channels
+            grid, input.x, input.weights, partial, shift, group, unit, stats, stats + channels,
+            stats + 2 * channels,
         )
-        finish_inv_std(grid, eps, group, unit, stats + 2 * channels, stats + 3 * channels)
+        finish_inv_std(
+            grid, input.weights, eps, group, unit, stats + 2 * channels, stats + 3 * channels
+        )
         following = turns.take(tickets)
         if grid.pairs(group, following):
             for c in range(grid.first_channel(following), grid.last_channel(following)):
-                shift[c] = pilot(grid, x, c)
+                shift[c] = pilot(grid, input.x, input.weights, c)
             for block in range(grid.blocks):
                 normalize_and_sum_block(
-                    grid, x, residual, y, parameters, epilogue, stream, group, block, following,
-                    shift, partial,
+                    grid, input, y, parameters, stream, group, block, following, shift, partial
                 )
         else:
             for block in range(grid.blocks - 1, -1, -1):
-                normalize_block(grid, x, residual, y, parameters, epilogue, stream, group, block)
+                normalize_block(grid, input, y, parameters, stream, group, block)
             if following < grid.groups:
-                sum_group(grid, x, following, partial, shift)
+                sum_group(grid, input, following, partial, shift)
         group = following
 
 
 cdef void normalize_batch(
     const Grid& grid,
-    View[const element] x,          # (N, C, S)
-    View[const element] residual,   # (N, C, S) or NULL
-    const double* gamma,            # (C,) or NULL
-    const double* beta,             # (C,) or NULL
-    Epilogue epilogue,
+    const Grid& cells,                      # the same cut for the second pass
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    const double* gamma,                    # (C,) or NULL
+    const double* beta,                     # (C,) or NULL
     double eps,
-    double* partial,                # (blocks, 4, C), scratch
-    double* shift,                  # (C,), scratch
-    double* unit,                   # (C,), scratch
-    View[element] y,                # (N, C, S)
-    double* stats,                  # (4, C): mean, mean_lo, var, inv_std
+    double* partial,                        # (blocks, 4, C), scratch
+    double* shift,                          # (C,), scratch
+    double* unit,                           # (C,), scratch
+    View[element] y,                        # (N, C, S)
+    double* stats,                          # (4, C): mean, mean_lo, var, inv_std
     int num_threads,
 ) noexcept nogil:
     """y = activation(gamma (x - mean) inv_std + beta + residual)"""
@@ -112,67 +111,93 @@ cdef void normalize_batch(
     parameters.mean, parameters.mean_lo, parameters.inv_std = mean, mean_lo, inv_std
     parameters.gamma, parameters.beta = gamma, beta
     cdef bint stream = is_streamed(grid, sizeof(element))
-    cdef Grid cells = map_grid(grid.outer, channels, grid.inner, sizeof(element))
     cdef Tickets tickets
     if is_resident(grid, sizeof(element), num_threads):
         tickets.set_batch(grid, sizeof(element), num_threads)
         if num_threads == 1: # without OpenMP's microsecond
             normalize_groups(
-                grid, x, residual, parameters, epilogue, eps, stream, partial, shift, unit, y,
-                stats, &tickets,
+                grid, input, parameters, eps, stream, partial, shift, unit, y, stats, &tickets
             )
             return
         with parallel(num_threads=num_threads):
             normalize_groups(
-                grid, x, residual, parameters, epilogue, eps, stream, partial, shift, unit, y,
-                stats, &tickets,
+                grid, input, parameters, eps, stream, partial, shift, unit, y, stats, &tickets
             )
         return
     with parallel(num_threads=num_threads):
         for c in prange(channels, schedule="static"):
-            shift[c] = pilot(grid, x, c)
+            shift[c] = pilot(grid, input.x, input.weights, c)
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
-            moments_block(grid, x, shift, cell // grid.blocks, cell % grid.blocks, partial)
+            moments_block(
+                grid, input.x, input.weights, shift, cell // grid.blocks, cell % grid.blocks,
+                partial,
+            )
         for group in prange(grid.groups, schedule="static"):
-            finish_moments(grid, x, partial, shift, group, unit, mean, mean_lo, var)
-            finish_inv_std(grid, eps, group, unit, var, inv_std)
+            finish_moments(
+                grid, input.x, input.weights, partial, shift, group, unit, mean, mean_lo, var
+            )
+            finish_inv_std(grid, input.weights, eps, group, unit, var, inv_std)
         for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
             normalize_block(
-                cells, x, residual, y, parameters, epilogue, stream,
-                cell // cells.blocks, cell % cells.blocks,
+                cells, input, y, parameters, stream, cell // cells.blocks, cell % cells.blocks
             )
 
 
 cdef void normalize_fixed(
     const Grid& grid,
-    View[const element] x,          # (N, C, S)
-    View[const element] residual,   # (N, C, S) or NULL
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const NormalizeParameters& parameters,
-    Epilogue epilogue,
-    View[element] y,                # (N, C, S)
+    View[element] y,                        # (N, C, S)
     int num_threads,
 ) noexcept nogil:
     """y = activation(gamma (x - mean) inv_std + beta + residual), the statistics given"""
     cdef ptrdiff_t cell
     cdef bint stream = is_streamed(grid, sizeof(element))
     if grid.groups * grid.blocks == 1:
-        normalize_block(grid, x, residual, y, parameters, epilogue, stream, 0, 0)
+        normalize_block(grid, input, y, parameters, stream, 0, 0)
         return
     for cell in prange(
         grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
     ):
         normalize_block(
-            grid, x, residual, y, parameters, epilogue, stream,
-            cell // grid.blocks, cell % grid.blocks,
+            grid, input, y, parameters, stream, cell // grid.blocks, cell % grid.blocks
         )
 
 
+cdef void normalize_without_values(
+    Shape shape, const ForwardInput[element]& input, const double* gamma, const double* beta,
+    double eps, View[element] y, double* stats, int num_threads,
+) noexcept nogil:
+    """No position counts: mean and variance are 0."""
+    cdef NormalizeParameters parameters
+    cdef ptrdiff_t c, channels = shape.channels
+    cdef Grid grid = map_grid(
+        shape.outer, channels, shape.inner, sizeof(element), input.purpose()
+    )
+    for c in range(channels):
+        stats[c] = stats[channels + c] = stats[2 * channels + c] = 0
+        stats[3 * channels + c] = 1 / sqrt(eps)
+    parameters.mean, parameters.inv_std = stats, stats + 3 * channels
+    parameters.mean_lo = NULL
+    parameters.gamma, parameters.beta = gamma, beta
+    normalize_fixed(grid, input, parameters, y, num_threads)
+
+
 cdef int batch_with_scratch(
-    View[element] x, View[element] residual, Shape shape, const double* gamma, const double* beta,
-    Epilogue epilogue, double eps, View[element] y, double* stats, int num_threads,
+    ForwardInput[element] input, Shape shape, const double* gamma, const double* beta, double eps,
+    View[element] y, double* stats, int num_threads,
 ) except -1:
     """`normalize_batch` with its scratch, whose size depends on the channels."""
-    cdef Grid grid = sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
+    if not input.weights.total:
+        normalize_without_values(shape, input, gamma, beta, eps, y, stats, num_threads)
+        return 0
+    cdef Purpose purpose = input.purpose()
+    cdef Grid grid = sum_grid(
+        shape.outer, shape.channels, shape.inner, sizeof(element), purpose
+    )
+    cdef Grid cells = map_grid(
+        shape.outer, shape.channels, shape.inner, sizeof(element), purpose
+    )
     cdef size_t sums = 4 * grid.blocks * grid.channels
     cdef double* scratch = <double*> PyMem_Malloc(
         (sums + 2 * grid.channels) * sizeof(double)
@@ -181,27 +206,32 @@ cdef int batch_with_scratch(
         raise MemoryError("no memory for the sums of batch_norm")
     with nogil:
         normalize_batch(
-            grid, read_only(x), read_only(residual), gamma, beta, epilogue, eps, scratch,
-            scratch + sums, scratch + sums + grid.channels, y, stats, num_threads,
+            grid, cells, input, gamma, beta, eps, scratch, scratch + sums,
+            scratch + sums + grid.channels, y, stats, num_threads,
         )
     PyMem_Free(scratch)
     return 0
 
 
 cdef int forward_as(
-    element* like, cnp.ndarray x, const double[::1] gamma, const double[::1] beta,
-    cnp.ndarray residual, Epilogue epilogue, double eps, cnp.ndarray y, double[:, ::1] stats,
-    int num_threads,
+    element* like, cnp.ndarray x, weights, const double[::1] gamma, const double[::1] beta,
+    cnp.ndarray residual, activation, double eps, cnp.ndarray y, cnp.ndarray bits,
+    double[:, ::1] stats, int num_threads,
 ) except -1:
+    cdef Shape shape = shape_of(x)
+    cdef ForwardInput[element] input
+    input.x, input.residual = read_only(view_of(x, like)), read_only(view_of(residual, like))
+    input.epilogue = epilogue_of(activation)
+    input.weights, input.bits = weights_of(weights, shape), bits_of(bits)
     return batch_with_scratch(
-        view_of(x, like), view_of(residual, like), shape_of(x), pointer(gamma), pointer(beta),
-        epilogue, eps, view_of(y, like), &stats[0, 0], num_threads,
+        input, shape, pointer(gamma), pointer(beta), eps, view_of(y, like), &stats[0, 0],
+        num_threads,
     )
 
 
 def forward(
-    cnp.ndarray x not None, weight, const double[::1] gamma, const double[::1] beta,
-    cnp.ndarray residual, activation, double eps, cnp.ndarray y not None,
+    cnp.ndarray x not None, weights, const double[::1] gamma, const double[::1] beta,
+    cnp.ndarray residual, activation, double eps, cnp.ndarray y not None, cnp.ndarray bits,
     double[:, ::1] stats not None, int num_threads,
 ):
     """Normalize by the batch's own statistics; see `bncore.reference.forward`."""
@@ -209,17 +239,26 @@ def forward(
         stats[:3, :] = 0
         stats[3, :] = 1 / sqrt(eps)
         return
-    cdef Epilogue epilogue = epilogue_of(activation)
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        forward_as(<float*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads)
+        forward_as(
+            <float*> NULL, x, weights, gamma, beta, residual, activation, eps, y, bits, stats,
+            num_threads,
+        )
     elif kind == FLOAT64:
-        forward_as(<double*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads)
+        forward_as(
+            <double*> NULL, x, weights, gamma, beta, residual, activation, eps, y, bits, stats,
+            num_threads,
+        )
     elif kind == FLOAT16:
-        forward_as(<Half*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads)
+        forward_as(
+            <Half*> NULL, x, weights, gamma, beta, residual, activation, eps, y, bits, stats,
+            num_threads,
+        )
     else:
         forward_as(
-            <BFloat16*> NULL, x, gamma, beta, residual, epilogue, eps, y, stats, num_threads
+            <BFloat16*> NULL, x, weights, gamma, beta, residual, activation, eps, y, bits, stats,
+            num_threads,
         )
 
 
@@ -270,31 +309,39 @@ def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
     return y, stats, shape.axis, <double> (shape.outer * shape.inner), in_place
 
 
+cdef inline ForwardInput[element] plain_input_of(View[element] x, Shape shape) noexcept:
+    """x alone."""
+    cdef ForwardInput[element] input
+    input.x = read_only(x)
+    input.residual.data = NULL
+    input.epilogue, input.weights = no_epilogue(), equal_weights(shape)
+    input.bits = NULL
+    return input
+
+
 cdef int forward_plain_as(
     element* like, cnp.ndarray x, Shape shape, const double* gamma, const double* beta, double eps,
     cnp.ndarray y, double* stats, int num_threads,
 ) except -1:
-    cdef View[element] none
-    none.data = NULL
     return batch_with_scratch(
-        plain_view(x, shape, like), none, shape, gamma, beta, no_epilogue(), eps,
+        plain_input_of(plain_view(x, shape, like), shape), shape, gamma, beta, eps,
         plain_view(y, shape, like), stats, worth(shape, num_threads),
     )
 
 
 cdef int normalize_as(
     element* like, cnp.ndarray x, NormalizeParameters parameters, cnp.ndarray residual,
-    Epilogue epilogue, cnp.ndarray y, int num_threads,
+    activation, cnp.ndarray y, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
-    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef View[element] x_view = view_of(x, like), y_view = view_of(y, like)
-    cdef View[element] residual_view = view_of(residual, like)
+    cdef ForwardInput[element] input = plain_input_of(view_of(x, like), shape)
+    input.residual, input.epilogue = read_only(view_of(residual, like)), epilogue_of(activation)
+    cdef View[element] y_view = view_of(y, like)
+    cdef Grid grid = map_grid(
+        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
+    )
     with nogil:
-        normalize_fixed(
-            grid, read_only(x_view), read_only(residual_view), parameters, epilogue, y_view,
-            num_threads,
-        )
+        normalize_fixed(grid, input, parameters, y_view, num_threads)
     return 0
 
 
@@ -317,17 +364,16 @@ def normalize(
     """Normalize by given statistics; see `bncore.reference.normalize`."""
     if not cnp.PyArray_SIZE(x):
         return
-    cdef Epilogue epilogue = epilogue_of(activation)
     cdef NormalizeParameters parameters = parameters_of(mean, mean_lo, inv_std, gamma, beta)
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        normalize_as(<float*> NULL, x, parameters, residual, epilogue, y, num_threads)
+        normalize_as(<float*> NULL, x, parameters, residual, activation, y, num_threads)
     elif kind == FLOAT64:
-        normalize_as(<double*> NULL, x, parameters, residual, epilogue, y, num_threads)
+        normalize_as(<double*> NULL, x, parameters, residual, activation, y, num_threads)
     elif kind == FLOAT16:
-        normalize_as(<Half*> NULL, x, parameters, residual, epilogue, y, num_threads)
+        normalize_as(<Half*> NULL, x, parameters, residual, activation, y, num_threads)
     else:
-        normalize_as(<BFloat16*> NULL, x, parameters, residual, epilogue, y, num_threads)
+        normalize_as(<BFloat16*> NULL, x, parameters, residual, activation, y, num_threads)
 
 
 def normalize_plain(x, mean, var, gamma, beta, axis, eps, out, int num_threads):
@@ -388,13 +434,11 @@ cdef int normalize_plain_as(
     element* like, cnp.ndarray x, Shape shape, NormalizeParameters parameters, cnp.ndarray y,
     int num_threads,
 ) except -1:
-    cdef Grid grid = map_grid(shape.outer, shape.channels, shape.inner, sizeof(element))
-    cdef View[element] x_view = plain_view(x, shape, like), y_view = plain_view(y, shape, like)
-    cdef View[element] none
-    none.data = NULL
+    cdef ForwardInput[element] input = plain_input_of(plain_view(x, shape, like), shape)
+    cdef View[element] y_view = plain_view(y, shape, like)
+    cdef Grid grid = map_grid(
+        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
+    )
     with nogil:
-        normalize_fixed(
-            grid, read_only(x_view), read_only(none), parameters, no_epilogue(), y_view,
-            worth(shape, num_threads),
-        )
+        normalize_fixed(grid, input, parameters, y_view, worth(shape, num_threads))
     return 0

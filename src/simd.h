@@ -15,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -105,6 +107,16 @@ inline Wide to_wide(HalfFloats v) {
 }
 
 inline Wide to_wide(Wide v) { return v; }
+
+inline HalfFloats to_floats(Wide v) {
+#if defined(__AVX512VL__)
+  return (HalfFloats)_mm512_cvtpd_ps((__m512d)v);
+#elif defined(__AVX2__)
+  return (HalfFloats)_mm256_cvtpd_ps((__m256d)v);
+#else
+  return __builtin_convertvector(v, HalfFloats);
+#endif
+}
 
 /* The first kWide of kFloats. */
 inline HalfFloats low_half(Floats v) {
@@ -381,10 +393,57 @@ inline Wide load_wide(const T* p, int k) {
   return Whole ? Element<T>::load_wide(p) : load_wide_part(p, k);
 }
 
+/* Float64 values in vectors V of another type; the first k of them where not Whole, then 0. */
+template <class V, bool Whole>
+inline V load_doubles(const double* p, int k) {
+  if constexpr (std::is_same_v<V, Wide>) return load_wide<Whole>(p, k);
+  else if constexpr (std::is_same_v<V, HalfFloats>) return to_floats(load_wide<Whole>(p, k));
+  else {
+    HalfFloats halves[2] = {};
+    halves[0] = to_floats(load_wide<Whole>(p, k < kWide ? k : kWide));
+    if (Whole || k > kWide) halves[1] = to_floats(load_wide<Whole>(p + kWide, k - kWide));
+    return load_unaligned<V>(halves);
+  }
+}
+
 /* The same in the type of the maps. */
 template <bool Whole, class T>
 inline typename Element<T>::Narrow load_narrow(const T* p, int k) {
   return Whole ? Element<T>::load_narrow(p) : low_half(Element<T>::load_part(p, k));
+}
+
+/* Comparisons give vectors of integers, -1 where true: as bits, lane 0 the lowest, and from bits
+ * that begin `i` bits after p. Up to 3 bytes more than needed are read. */
+template <class Lanes> inline uint32_t bits_of_lanes(Lanes v) {
+  constexpr bool is_double = sizeof(v[0]) == 8;
+#if defined(__AVX512VL__) && defined(__AVX512DQ__)
+  if constexpr (sizeof(v) == 64)
+    return is_double ? _mm512_movepi64_mask((__m512i)v) : _mm512_movepi32_mask((__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(v) == 32)
+    return is_double ? _mm256_movemask_pd((__m256d)v) : _mm256_movemask_ps((__m256)v);
+#elif defined(BNCORE_X86)
+  if constexpr (sizeof(v) == 16)
+    return is_double ? _mm_movemask_pd((__m128d)v) : _mm_movemask_ps((__m128)v);
+#endif
+  uint32_t bits = 0;
+  for (size_t lane = 0; lane < sizeof(v) / sizeof(v[0]); ++lane) bits |= (v[lane] & 1u) << lane;
+  return bits;
+}
+
+alignas(64) inline constexpr int32_t kBitOfLane[16] = {
+    1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+alignas(64) inline constexpr int64_t kBitOfWideLane[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+
+template <class V> inline auto lanes_of_bits(const uint8_t* p, ptrdiff_t i) {
+  typedef decltype(V{} < V{}) Lanes;
+  uint32_t word;
+  std::memcpy(&word, p + i / 8, sizeof(word));
+  const int bits = static_cast<int>(word >> i % 8 & 0xffff);
+  Lanes lane;
+  if constexpr (sizeof(lane[0]) == 8) lane = load_unaligned<Lanes>(kBitOfWideLane);
+  else lane = load_unaligned<Lanes>(kBitOfLane);
+  return ((bits - Lanes{}) & lane) != 0;
 }
 
 /* The lanes' sum, in halves: a fixed order. */

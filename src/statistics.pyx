@@ -13,11 +13,12 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, apart, is_plain, kind_of, plain_like, plain_parameter,
-    read_only, view_of,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, is_plain, kind_of, plain_like, plain_parameter,
+    read_only, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BFloat16, Grid, Half, View, element, finish_moments, moments_block, pilot, sum_grid,
+    BFloat16, Grid, Half, Purpose, View, Weights, element, finish_moments, moments_block, pilot,
+    sum_grid,
 )
 
 cnp.import_array()
@@ -30,6 +31,7 @@ ctypedef fused real:
 cdef void compute_moments(
     const Grid& grid,
     View[const element] x,      # (N, C, S)
+    const Weights& weights,     # (N, S)
     double* partial,            # (blocks, 4, C), scratch
     double* shift,              # (C,), scratch
     double* unit,               # (C,), scratch
@@ -38,23 +40,30 @@ cdef void compute_moments(
     double* m2,                 # (C,)
     int num_threads,
 ) noexcept nogil:
-    """mean = sum x / n        m2 = sum (x - mean)^2"""
+    """mean = sum w x / sum w        m2 = sum w (x - mean)^2"""
     cdef ptrdiff_t cell, group, c
     with nogil, parallel(num_threads=num_threads):
         for c in prange(grid.channels, schedule="static"):
-            shift[c] = pilot(grid, x, c)
+            shift[c] = pilot(grid, x, weights, c)
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
-            moments_block(grid, x, shift, cell // grid.blocks, cell % grid.blocks, partial)
+            moments_block(
+                grid, x, weights, shift, cell // grid.blocks, cell % grid.blocks, partial
+            )
         for group in prange(grid.groups, schedule="static"):
-            finish_moments(grid, x, partial, shift, group, unit, mean, mean_lo, m2)
+            finish_moments(grid, x, weights, partial, shift, group, unit, mean, mean_lo, m2)
             for c in range(grid.first_channel(group), grid.last_channel(group)):
                 m2[c] = m2[c] / unit[c] / unit[c]
 
 
-cdef int moments_as(element* like, cnp.ndarray x, double[:, ::1] stats, int num_threads) except -1:
+cdef int moments_as(
+    element* like, cnp.ndarray x, given_weights, double[:, ::1] stats, int num_threads
+) except -1:
     cdef View[element] view = view_of(x, like)
+    cdef Shape shape = shape_of(x)
+    cdef Weights weights = weights_of(given_weights, shape)
+    cdef Purpose purpose = Purpose(weights.data != NULL, False)
     cdef Grid grid = sum_grid(
-        cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2), sizeof(element)
+        shape.outer, shape.channels, shape.inner, sizeof(element), purpose
     )
     cdef size_t sums = 4 * grid.blocks * grid.channels
     cdef double* scratch = <double*> PyMem_Malloc(
@@ -64,27 +73,27 @@ cdef int moments_as(element* like, cnp.ndarray x, double[:, ::1] stats, int num_
         raise MemoryError("no memory for the sums of moments")
     with nogil:
         compute_moments(
-            grid, read_only(view), scratch, scratch + sums, scratch + sums + grid.channels,
-            &stats[0, 0], &stats[1, 0], &stats[2, 0], num_threads,
+            grid, read_only(view), weights, scratch, scratch + sums,
+            scratch + sums + grid.channels, &stats[0, 0], &stats[1, 0], &stats[2, 0], num_threads,
         )
     PyMem_Free(scratch)
     return 0
 
 
-def moments(cnp.ndarray x not None, weight, double[:, ::1] stats not None, int num_threads):
+def moments(cnp.ndarray x not None, weights, double[:, ::1] stats not None, int num_threads):
     """Per-channel mean and sum of squared deviations; see `bncore.reference.moments`."""
-    if not cnp.PyArray_SIZE(x):
+    if not cnp.PyArray_SIZE(x) or (weights is not None and not weights.total):
         stats[:, :] = 0
         return
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        moments_as(<float*> NULL, x, stats, num_threads)
+        moments_as(<float*> NULL, x, weights, stats, num_threads)
     elif kind == FLOAT64:
-        moments_as(<double*> NULL, x, stats, num_threads)
+        moments_as(<double*> NULL, x, weights, stats, num_threads)
     elif kind == FLOAT16:
-        moments_as(<Half*> NULL, x, stats, num_threads)
+        moments_as(<Half*> NULL, x, weights, stats, num_threads)
     else:
-        moments_as(<BFloat16*> NULL, x, stats, num_threads)
+        moments_as(<BFloat16*> NULL, x, weights, stats, num_threads)
 
 
 cdef void move(

@@ -1,7 +1,7 @@
 /* Sums: two at a time, in float64, in an order that the lengths alone decide.
  *
  * Every statistic here is a pair of sums over a channel's values:
- *   forward   first = sum d        second = sum d^2       d = x - shift
+ *   forward   first = sum w d      second = sum w d^2     d = x - shift, weights w if there are any
  *   backward  first = sum dy       second = sum dy d      d = (x - mean) - mean_lo
  * Terms go into kChains independent vectors, so that additions overlap; a chunk of at most
  * kChunk terms is then folded lane by lane, and chunks are added in twofold arithmetic. An error
@@ -11,6 +11,7 @@
 #define BNCORE_SUMS_H
 
 #include "activations.h"
+#include "weights.h"
 
 namespace bncore {
 
@@ -38,50 +39,65 @@ struct Accumulator {
   }
 };
 
-/* What a row adds to the sums: term pairs of the elements at i. Scaled: x is first multiplied by a
- * power of two, and shift is that of the products. */
-template <class T, bool Scaled = false> struct Deviations {
+/* A term of the first sum, and what makes it one of the second. */
+struct Product {
+  Wide first, factor;
+};
+
+/* w d and d, or 0 and 0 where w is not above 0. */
+template <bool Whole, class Weigh>
+BNCORE_INLINE Product weighted(const Weigh& weigh, Wide d, ptrdiff_t i, int k) {
+  if constexpr (Weigh::kAny) {
+    const Wide w = weigh.template at<Wide, Whole>(i, k);
+    const Wide counted = w > Wide{} ? d : Wide{};
+    return {w * counted, counted};
+  } else {
+    return {d, d};
+  }
+}
+
+/* What a row adds to the sums: term pairs of the elements at i, or of the k that are left. Scaled:
+ * x is first multiplied by a power of two, and shift is that of the products. */
+template <class T, bool Scaled, class Weigh> struct Deviations {
   const T* x;
   double shift, unit;
+  Weigh weigh;
 
   Wide centred(Wide v) const { return Scaled ? v * unit - shift : v - shift; }
   void prefetch(ptrdiff_t i, ptrdiff_t ahead) const { __builtin_prefetch(x + i + ahead); }
-  void full(ptrdiff_t i, Wide* first, Wide* second) const {
-    Wide d = centred(Element<T>::load_wide(x + i));
-    *first += d;
-    *second = fma(d, d, *second);
-  }
-  void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
-    Wide d = keep_first(centred(load_wide_part(x + i, k)), k);
-    *first += d;
-    *second = fma(d, d, *second);
+  template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
+    Wide d = centred(load_wide<Whole>(x + i, k));
+    if (!Whole) d = keep_first(d, k);
+    const Product p = weighted<Whole>(weigh, d, i, k);
+    *first += p.first;
+    *second = fma(p.first, p.factor, *second);
   }
 };
 
 /* Whether the rounding error of a float64 mean matters beside that of the data. */
 template <class T> constexpr bool kNeedsLow = sizeof(T) == sizeof(double);
 
-/* Source gives dz, see activations.h. */
-template <class T, class Source> struct GradientTerms {
+/* Source gives dz, see activations.h; the weights tell what is masked. */
+template <class T, class Source, class Weigh> struct GradientTerms {
   typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
   double mean, mean_lo;
+  Weigh weigh;
 
   Wide centred(Wide v) const { return kNeedsLow<T> ? (v - mean) - mean_lo : v - mean; }
   void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
     __builtin_prefetch(x + i + ahead);
     __builtin_prefetch(source.dy + i + ahead);
   }
-  void full(ptrdiff_t i, Wide* first, Wide* second) const {
-    const Wide g = to_wide(source.template dz<Narrow, true>(i, kWide));
+  template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
+    Wide g = to_wide(source.template dz<Narrow, Whole>(i, k));
+    Wide d = centred(load_wide<Whole>(x + i, k));
+    if (!Whole) d = keep_first(d, k);
+    g = unmasked<Whole>(weigh, g, i, k);
+    d = unmasked<Whole>(weigh, d, i, k);
     *first += g;
-    *second = fma(g, centred(Element<T>::load_wide(x + i)), *second);
-  }
-  void part(ptrdiff_t i, int k, Wide* first, Wide* second) const {
-    const Wide g = to_wide(source.template dz<Narrow, false>(i, k));
-    *first += g;
-    *second = fma(g, keep_first(centred(load_wide_part(x + i, k)), k), *second);
+    *second = fma(g, d, *second);
   }
 };
 
@@ -94,7 +110,7 @@ BNCORE_INLINE void add_step(const Terms& terms, ptrdiff_t i, ptrdiff_t ahead, Ac
   if (kVectorBytes == 64) terms.prefetch(i + kStep / 2, ahead);
 #pragma GCC unroll 4
   for (int chain = 0; chain < kChains; ++chain)
-    terms.full(i + chain * kWide, &sums->first[chain], &sums->second[chain]);
+    terms.template add<true>(i + chain * kWide, kWide, &sums->first[chain], &sums->second[chain]);
 }
 
 /* The elements from i to n, less than a step. Indices are constant: that keeps the accumulators
@@ -105,10 +121,11 @@ BNCORE_INLINE void add_rest(const Terms& terms, ptrdiff_t i, ptrdiff_t n, Accumu
 #pragma GCC unroll 4
   for (int chain = 0; chain < last; ++chain)
     if (i + kWide <= n) {
-      terms.full(i, &sums->first[chain], &sums->second[chain]);
+      terms.template add<true>(i, kWide, &sums->first[chain], &sums->second[chain]);
       i += kWide;
     }
-  if (i < n) terms.part(i, static_cast<int>(n - i), &sums->first[last], &sums->second[last]);
+  const int k = static_cast<int>(n - i);
+  if (k > 0) terms.template add<false>(i, k, &sums->first[last], &sums->second[last]);
 }
 
 /* Add n contiguous elements. */
@@ -123,11 +140,6 @@ inline void add_row(const Terms& terms, ptrdiff_t n, ptrdiff_t ahead, Accumulato
 
 /* -------------------------------------------------------------------------------- columns */
 
-/* A term of the first sum, and what makes it one of the second. */
-struct Product {
-  Wide first, factor;
-};
-
 template <ptrdiff_t Width, class T> BNCORE_INLINE void prefetch_places(const T* p) {
   constexpr ptrdiff_t line = 64 / sizeof(T);
 #pragma GCC unroll 4
@@ -136,10 +148,11 @@ template <ptrdiff_t Width, class T> BNCORE_INLINE void prefetch_places(const T* 
 
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
-template <class T, bool Scaled = false> struct ColumnDeviations {
+template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
   const T* x;
   ptrdiff_t x_stride;
   const double *shift, *unit;
+  Weigh weigh;
 
   template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
     prefetch_places<Width>(x + row * x_stride + c);
@@ -148,18 +161,18 @@ template <class T, bool Scaled = false> struct ColumnDeviations {
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide v = load_wide<Whole>(x + row * x_stride + c, k);
     if (Scaled) v *= load_unaligned<Wide>(unit + c);
-    const Wide d = v - load_unaligned<Wide>(shift + c);
-    return {d, d};
+    return weighted<Whole>(weigh.row(row), v - load_unaligned<Wide>(shift + c), c, k);
   }
 };
 
-template <class T, class Source> struct ColumnGradientTerms {
+template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
   Strides strides;
   const double* mean;
   const double* mean_lo;
+  Weigh weigh;
 
   template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
     prefetch_places<Width>(x + row * strides.x + c);
@@ -169,7 +182,9 @@ template <class T, class Source> struct ColumnGradientTerms {
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide d = load_wide<Whole>(x + row * strides.x + c, k) - load_unaligned<Wide>(mean + c);
     if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
-    return {to_wide(source.row(row, strides).template dz<Narrow, Whole>(c, k)), d};
+    const Wide g = to_wide(source.row(row, strides).template dz<Narrow, Whole>(c, k));
+    const Weigh its = weigh.row(row);
+    return {unmasked<Whole>(its, g, c, k), unmasked<Whole>(its, d, c, k)};
   }
 };
 

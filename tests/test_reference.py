@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bncore import _backend, reference
+from bncore._weights import Weights
 
 from . import oracle
 from .arrays import normal
@@ -34,6 +35,7 @@ def test_every_tier_has_its_kernels(tier):
         backend.normalization: ("forward", "normalize", "forward_plain", "normalize_plain"),
         backend.gradient: (
             "reduce", "apply", "activation_backward", "backward", "backward_plain",
+            "fixed_backward",
         ),
     }
     for module, names in kernels.items():
@@ -49,16 +51,15 @@ def test_forward_and_backward(shape, weighted, ratio):
     x, dy, gamma, beta = normal(1, shape) + ratio, normal(2, shape), normal(3, c), normal(4, c)
     weight = np.random.default_rng(5).random((n, s)) if weighted else None
     wide = None if weight is None else weight[:, None]
+    weights = None if weight is None else Weights(weight, weight.sum(), 0, 1.0)
     exact = oracle.forward(x, gamma, beta, weight=wide)
     gradient = oracle.backward(dy, x, gamma, beta, weight=wide)
     y, dx, stats, sums = np.empty(shape), np.empty(shape), np.empty((4, c)), np.empty((2, c))
-    reference.forward(x, weight, gamma, beta, None, reference.NO_ACTIVATION, 1e-5, y, stats)
-    if weight is None:
-        reference.backward(
-            dy, x, stats, gamma, beta, None, reference.NO_ACTIVATION, float(n * s), dx, sums
-        )
-    else:
-        reference.weighted_backward(dy, x, weight, stats, gamma, dx, sums)
+    plain, count = reference.NO_ACTIVATION, n * s if weights is None else weights.total
+    reference.forward(x, weights, gamma, beta, None, plain, 1e-5, y, None, stats)
+    reference.backward(
+        dy, x, weights, stats, gamma, beta, None, plain, count, dx, None, sums
+    )
     assert_within(y, exact.y, rounding(exact.scale, np.float64), "y")
     assert_within(stats[2], exact.var, 1e-14 * exact.var, "var")
     assert_within(dx, gradient.dx, rounding(gradient.dx_scale, np.float64), "dx")
@@ -69,7 +70,7 @@ def test_forward_and_backward(shape, weighted, ratio):
 @pytest.mark.parametrize("scale", [1e-200, 1e-160, 1e150, 1e200, 1e300])
 def test_squares_beyond_the_range_of_float64(scale):
     x, stats, y = normal(1, (9, 3, 4)) * scale, np.empty((4, 3)), np.empty((9, 3, 4))
-    reference.forward(x, None, None, None, None, reference.NO_ACTIVATION, 5e-324, y, stats)
+    reference.forward(x, None, None, None, None, reference.NO_ACTIVATION, 5e-324, y, None, stats)
     exact = oracle.forward(x, eps=5e-324)
     assert_within(stats[0], exact.mean, ulp(abs(x).max(), np.float64), "mean")
     assert_within(y, exact.y, 1e-13, "y")
@@ -91,6 +92,6 @@ def test_move_running():
 def test_activation_backward(activation, expected):
     z, dz = np.array([[[-1.0, 0.0, 3.0]]]), np.empty((1, 1, 3))
     reference.activation_backward(
-        np.ones((1, 1, 3)), z, np.zeros(1), None, np.ones(1), None, None, None, activation, dz
+        np.ones((1, 1, 3)), z, np.zeros(1), None, np.ones(1), None, None, None, None, activation, dz
     )
     np.testing.assert_array_equal(dz.ravel(), expected)

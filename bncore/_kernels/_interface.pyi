@@ -10,14 +10,17 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bncore._weights import Weights
+
 Values: TypeAlias = NDArray[Any]
 Doubles: TypeAlias = NDArray[np.float64]
 Parameter: TypeAlias = NDArray[Any]
+Bits: TypeAlias = NDArray[np.uint8]
 Activation: TypeAlias = tuple[int, float, float]
 
 class Statistics(Protocol):
     def moments(
-        self, x: Values, weight: Doubles | None, stats: Doubles, num_threads: int
+        self, x: Values, weights: Weights | None, stats: Doubles, num_threads: int
     ) -> None: ...
     def movable_plain(
         self, running_mean: Any, running_var: Any, out: Any, channels: int
@@ -35,13 +38,14 @@ class Normalization(Protocol):
     def forward(
         self,
         x: Values,
-        weight: Doubles | None,
+        weights: Weights | None,
         gamma: Doubles | None,
         beta: Doubles | None,
         residual: Values | None,
         activation: Activation,
         eps: float,
         y: Values,
+        bits: Bits | None,
         stats: Doubles,
         num_threads: int,
     ) -> None: ...
@@ -92,6 +96,7 @@ class Gradient(Protocol):
         gamma: Doubles | None,
         beta: Doubles | None,
         residual: Values | None,
+        bits: Bits | None,
         activation: Activation,
         dz: Values,
         num_threads: int,
@@ -114,22 +119,37 @@ class Gradient(Protocol):
         mean_lo: Doubles | None,
         inv_std: Doubles,
         gamma: Doubles | None,
-        sums: Doubles | None,
+        sums: Doubles,
         count: float,
         dx: Values,
+        num_threads: int,
+    ) -> None: ...
+    def fixed_backward(
+        self,
+        dy: Values,
+        x: Values,
+        mean: Doubles,
+        inv_std: Doubles,
+        gamma: Doubles | None,
+        beta: Doubles | None,
+        activation: Activation,
+        dx: Values | None,
+        sums: Doubles | None,
         num_threads: int,
     ) -> None: ...
     def backward(
         self,
         dy: Values,
         x: Values,
+        weights: Weights | None,
         stats: Doubles,
         gamma: Doubles | None,
         beta: Doubles | None,
-        residual: Values | None,
+        bits: Bits | None,
         activation: Activation,
         count: float,
-        dx: Values,
+        dx: Values | None,
+        dz: Values | None,
         sums: Doubles,
         num_threads: int,
     ) -> None: ...

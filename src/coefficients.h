@@ -1,0 +1,201 @@
+/* Coefficients: what a map multiplies and adds, from statistics and parameters, for the channels of
+ * a group; and the powers of two that keep extreme channels within the range of the arithmetic.
+ */
+#ifndef BNCORE_COEFFICIENTS_H
+#define BNCORE_COEFFICIENTS_H
+
+#include <cmath>
+#include <limits>
+
+#include "grid.h"
+
+namespace bncore {
+
+/* A value per place of a line from a value per channel: each channel's repeated `inner` times,
+ * the whole `tile` times. */
+template <class Real, class ValueOfChannel>
+inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
+                      Real* line) {
+  const ptrdiff_t repeat = grid.columns ? grid.inner : 1, places = channels * repeat;
+  for (ptrdiff_t c = 0; repeat == 1 && c < channels; ++c) line[c] = static_cast<Real>(value(c));
+  for (ptrdiff_t c = 0; repeat > 1 && c < channels; ++c) {
+    const Real v = static_cast<Real>(value(c));
+    for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
+  }
+  for (ptrdiff_t i = places; i < grid.tile * places; ++i) line[i] = line[i - places];
+}
+
+/* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they
+ * are mean_hi, mean_lo, scale, offset and unit; for dx mean_hi, mean_lo, shift_hi, shift_lo,
+ * slope, scale and unit; for dz mean_hi, mean_lo, gate_scale, gate_offset and unit. */
+enum {
+  kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kGateScale,
+  kGateOffset, kRows
+};
+
+template <class T> struct CoefficientTable {
+  alignas(64) typename Element<T>::Real row[kRows][max_line(sizeof(T)) + kPad];
+};
+
+/* A coefficient as a map takes it. */
+template <class T> struct PickUniform {
+  template <class U> using Coefficient = Uniform<U>;
+  static constexpr bool kRows = true;
+  const CoefficientTable<T>* table;
+  ptrdiff_t c;
+  Uniform<T> operator()(int which) const { return {table->row[which][c]}; }
+};
+
+template <class T> struct PickPerPlace {
+  template <class U> using Coefficient = PerPlace<U>;
+  static constexpr bool kRows = false;
+  const CoefficientTable<T>* table;
+  PerPlace<T> operator()(int which) const { return {table->row[which]}; }
+};
+
+/* Per-channel statistics and parameters; null stands for mean_lo 0, gamma 1, beta 0. */
+struct NormalizeParameters {
+  const double *mean, *mean_lo, *inv_std, *gamma, *beta;
+};
+
+struct GradientParameters {
+  const double *mean, *mean_lo, *inv_std, *gamma, *beta, *sum_dy, *sum_dy_xhat;
+  double count;
+};
+
+/* Maps compute in Real. Channels whose mean or deviations are beyond 2^+-kOrdinary of it have a
+ * unit other than 1. */
+template <class Real> constexpr int kOrdinary = sizeof(Real) == sizeof(double) ? 400 : 60;
+
+/* The power of two that brings a channel's values into the middle of Real's range. With it no
+ * subtraction overflows, no part of the mean is lost below the smallest number, and scaling the
+ * data by a power of two leaves the bits of y as they are. */
+template <class Real> inline double unit_of(double mean, double inv_std) {
+  constexpr int most = kOrdinary<Real>;
+  const double large = std::ldexp(1.0, most), small = 1 / large;
+  const double deviation = 1 / inv_std, offset = std::fabs(mean);
+  double size = offset > deviation ? offset : deviation;
+  if (size >= small && size < large) {
+    /* With eps above the variance, a tiny mean may still be all there is. */
+    if (offset >= small || offset == 0 || deviation > 0x1p20) return 1;
+    size = offset;
+  }
+  if (!(size > 0 && std::isfinite(size))) return 1;
+  int exponent;
+  std::frexp(size, &exponent);
+  const int power = (exponent > 0 ? most : -most) - exponent;
+  return std::ldexp(1.0, power < 2 * most ? power : 2 * most); // a Real itself
+}
+
+/* The nearest finite Real to a scale, lest it make a NaN of x - mean = 0; a NaN stays one. */
+template <class Real> inline double finite(double scale) {
+  constexpr double most = std::numeric_limits<Real>::max();
+  return scale > most ? most : scale < -most ? -most : scale;
+}
+
+/* Whether a channel's unit is 1, as told without a branch. */
+template <class Real> inline bool is_ordinary(double mean, double inv_std) {
+  constexpr double large = sizeof(Real) == sizeof(double) ? 0x1p400 : 0x1p60, small = 1 / large;
+  const double offset = std::fabs(mean);
+  return (inv_std > small) & (inv_std < large) & (offset < large) &
+         ((offset >= small) | (offset == 0));
+}
+
+/* The coefficients all maps share, and each channel's unit; true where one is not 1. */
+template <class T, class Parameters>
+inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, ptrdiff_t last,
+                        double* __restrict unit, CoefficientTable<T>* table) {
+  typedef typename Element<T>::Real Real;
+  const ptrdiff_t channels = last - first;
+  const double *mean = p.mean + first, *inv_std = p.inv_std + first;
+  bool scaled = false;
+  for (ptrdiff_t c = 0; c < channels; ++c) scaled |= !is_ordinary<Real>(mean[c], inv_std[c]);
+  for (ptrdiff_t c = 0; c < channels; ++c) unit[c] = 1;
+  for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<Real>(mean[c], inv_std[c]);
+  Real hi[max_line(sizeof(T))], lo[max_line(sizeof(T))];
+  for (ptrdiff_t c = 0; c < channels; ++c) {
+    hi[c] = static_cast<Real>(mean[c] * unit[c]);
+    lo[c] = static_cast<Real>(mean[c] * unit[c] - hi[c]);
+  }
+  for (ptrdiff_t c = 0; p.mean_lo && c < channels; ++c)
+    lo[c] = static_cast<Real>((mean[c] * unit[c] - hi[c]) + p.mean_lo[first + c] * unit[c]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row[kMeanHi]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return lo[c]; }, table->row[kMeanLo]);
+  if (scaled) fill_line(grid, channels, [&](ptrdiff_t c) { return unit[c]; }, table->row[kUnit]);
+  return scaled;
+}
+
+/* The coefficients of z in a group; whether a unit is not 1. */
+template <class T>
+inline bool fill_normalize(const Grid& grid, const NormalizeParameters& p, ptrdiff_t group,
+                           bool with_unit, CoefficientTable<T>* table) {
+  typedef typename Element<T>::Real Real;
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
+  double unit[max_line(sizeof(T))];
+  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
+  if (with_unit && !scaled)
+    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
+  fill_line(grid, channels, [&](ptrdiff_t c) {
+    const double scale = p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
+    return finite<Real>(scale / unit[c]);
+  }, table->row[kScale]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
+            table->row[kOffset]);
+  return scaled;
+}
+
+/* The scale of a channel's gradient. */
+inline double gradient_scale(const GradientParameters& p, ptrdiff_t c) {
+  return p.gamma ? p.gamma[c] * p.inv_std[c] : p.inv_std[c];
+}
+
+/* The coefficients of dz in a group, beyond those of fill_centre. */
+template <class T>
+inline void fill_gate(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
+                      const double* unit, CoefficientTable<T>* table) {
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
+  fill_line(grid, channels, [&](ptrdiff_t c) {
+    return finite<typename Element<T>::Real>(gradient_scale(p, first + c) / unit[c]);
+  }, table->row[kGateScale]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
+            table->row[kGateOffset]);
+}
+
+/* The coefficients of dz alone. */
+template <class T>
+inline void fill_gate_alone(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
+                            CoefficientTable<T>* table) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  double unit[max_line(sizeof(T))];
+  if (!fill_centre<T>(grid, p, first, last, unit, table))
+    fill_line(grid, last - first, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
+  fill_gate<T>(grid, p, group, unit, table);
+}
+
+/* The coefficients of dx in a group; whether a unit is not 1. */
+template <class T>
+inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
+                          bool gated, bool with_unit, CoefficientTable<T>* table) {
+  typedef typename Element<T>::Real Real;
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
+  double unit[max_line(sizeof(T))];
+  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
+  if (with_unit && !scaled)
+    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
+  const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
+  const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
+  fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(gradient_scale(p, first + c)); },
+            table->row[kScale]);
+  fill_line(grid, channels, shift_hi, table->row[kShiftHi]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
+            table->row[kShiftLo]);
+  fill_line(grid, channels, [&](ptrdiff_t c) {
+    return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
+  }, table->row[kSlope]);
+  if (gated) fill_gate<T>(grid, p, group, unit, table);
+  return scaled;
+}
+
+} // namespace bncore
+
+#endif

@@ -1,0 +1,177 @@
+/* The grid a tensor is cut into, and where its parts lie.
+ *
+ * A tensor (N, C, S) is cut into groups of channels times blocks of positions. The grid follows
+ * from the shape alone, never from the number of threads, and a cell's sums go to a place of
+ * their own, so the bits of a result do not depend on who computed which cell.
+ *
+ *   rows     each channel has contiguous rows of S values; a row is summed into one accumulator
+ *   columns  channels lie side by side (S = 1), or planes so small that a group of them is taken
+ *            as one line of memory: every place on the line has an accumulator of its own, and
+ *            places of one channel are folded at the end. Lines shorter than a few vectors are
+ *            taken several at a time.
+ */
+#ifndef BNCORE_GRID_H
+#define BNCORE_GRID_H
+
+#include <atomic>
+
+#include "sums.h"
+
+namespace bncore {
+
+constexpr ptrdiff_t kMaxLine = 1024;     // places on a line of columns, half for float64
+constexpr ptrdiff_t kSumLine = 512;      // the same where they are summed
+constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels in a group of rows
+constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
+constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
+
+inline ptrdiff_t clamp(ptrdiff_t v, ptrdiff_t low, ptrdiff_t high) {
+  return v > high ? high : v < low ? low : v;
+}
+
+/* Tables of coefficients live on the stacks of threads, which may be as small as 128 KB. */
+constexpr ptrdiff_t max_line(ptrdiff_t itemsize) { return itemsize == 8 ? kMaxLine / 2 : kMaxLine; }
+
+struct Grid {
+  ptrdiff_t outer, channels, inner;       // N, C, S
+  ptrdiff_t width, groups;                // channels in a group; groups
+  ptrdiff_t segment, segments, positions; // elements of a row taken at once; N * segments
+  ptrdiff_t blocks;                       // parts of the positions
+  ptrdiff_t tile;                         // lines taken at once
+  bool columns, weighted;
+
+  ptrdiff_t first_channel(ptrdiff_t group) const { return group * width; }
+  ptrdiff_t last_channel(ptrdiff_t group) const {
+    ptrdiff_t last = (group + 1) * width;
+    return last < channels ? last : channels;
+  }
+  /* Whether one group can be written while another is summed. */
+  bool pairs(ptrdiff_t group, ptrdiff_t next) const {
+    return !columns && !weighted && next < groups &&
+           last_channel(group) - first_channel(group) == width &&
+           last_channel(next) - first_channel(next) == width;
+  }
+  ptrdiff_t first_position(ptrdiff_t block) const { return positions * block / blocks; }
+  ptrdiff_t group_size() const { return outer * width * inner; } // elements
+
+  /* Cut for a given width: groups, segments, and blocks of about `cell` bytes. */
+  void cut(ptrdiff_t itemsize, ptrdiff_t cell, ptrdiff_t max_blocks) {
+    if (width > channels) width = channels;
+    groups = (channels + width - 1) / width;
+    segment = columns ? inner : clamp(inner, 1, itemsize == 8 ? kChunk<double> : 8192);
+    segments = (inner + segment - 1) / segment;
+    positions = outer * segments;
+    if (max_blocks > positions) max_blocks = positions;
+    blocks = clamp(group_size() * itemsize / cell, 1, max_blocks);
+  }
+};
+
+/* What a grid is for, besides its shape. */
+struct Purpose {
+  bool weighted; // positions have weights: a line has one, so that it is a single position
+  bool packed;   // gates are kept as bits: a line's begin with a byte
+};
+
+/* Whether planes are so small, and so many to a channel, that columns serve them better. */
+inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner, Purpose purpose) {
+  return inner > 1 && inner <= kMaxLine / 16 && outer >= kStripRows && !purpose.weighted;
+}
+
+/* Channels whose small planes make a line of so many places: a multiple of 8, for bytes of bits. */
+inline ptrdiff_t planes_in(ptrdiff_t line, ptrdiff_t inner) { return line / inner / 8 * 8; }
+
+/* Lines to take at once, given how many would be best. */
+inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
+  return purpose.weighted || (purpose.packed && channels % 8 != 0) ? 1 : best;
+}
+
+inline Grid uncut(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, Purpose purpose) {
+  Grid grid = {};
+  grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
+  grid.weighted = purpose.weighted;
+  grid.columns = inner == 1 || has_small_planes(outer, inner, purpose);
+  return grid;
+}
+
+/* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
+ * columns a line as long as the accumulators' cache bears. */
+inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
+                     Purpose purpose) {
+  constexpr ptrdiff_t page = 4096, cell = 256 * 1024, cached = 1 << 20, max_blocks = 64;
+  Grid grid = uncut(outer, channels, inner, purpose);
+  if (!grid.columns) {
+    grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
+  } else if (inner > 1) {
+    grid.width = planes_in(kSumLine, inner);
+  } else {
+    /* Columns that stay in a cache are shared out without a barrier, others read in long lines. */
+    const bool small = outer * channels * itemsize <= cached;
+    grid.width = small ? kPacked / 2 : kSumLine;
+    if (channels < kPacked / 2) grid.tile = tile_of(kSumLine / 2 / channels, channels, purpose);
+  }
+  grid.cut(itemsize, cell, max_blocks);
+  return grid;
+}
+
+/* Lines to take at once: as many as make a line of 16 vectors, of whole vectors if may be. */
+inline ptrdiff_t line_tile(ptrdiff_t channels, ptrdiff_t itemsize) {
+  const ptrdiff_t enough = (256 + channels - 1) / channels;
+  ptrdiff_t whole = 16;
+  for (ptrdiff_t c = channels; c % 2 == 0 && whole > 1; c /= 2) whole /= 2;
+  return clamp((enough + whole - 1) / whole * whole, 1, max_line(itemsize) / channels);
+}
+
+/* The grid for maps alone: no sums to keep together, so cells are as contiguous as can be. */
+inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
+                     Purpose purpose) {
+  const ptrdiff_t cell = (inner == 1 ? 512 : 128) * 1024; // columns have a table to fill
+  Grid grid = uncut(outer, channels, inner, purpose);
+  if (!grid.columns) {
+    grid.width = clamp(cell / (inner * itemsize), 1, max_line(itemsize));
+  } else if (inner > 1) {
+    grid.width = planes_in(max_line(itemsize), inner);
+  } else {
+    grid.width = max_line(itemsize);
+    if (channels < kPacked)
+      grid.tile = tile_of(line_tile(channels, itemsize), channels, purpose);
+  }
+  grid.cut(itemsize, cell, outer * inner);
+  return grid;
+}
+
+/* x[n, c, s] = data[n * n_stride + c * c_stride + s] */
+template <class T> struct View {
+  T* data;
+  ptrdiff_t n_stride, c_stride;
+  T* at(ptrdiff_t n, ptrdiff_t c) const { return data + n * n_stride + c * c_stride; }
+};
+
+/* The piece of a row at a position. */
+struct Piece {
+  ptrdiff_t n, s, length;
+
+  static Piece at(const Grid& grid, ptrdiff_t position) {
+    const ptrdiff_t s = position % grid.segments * grid.segment, rest = grid.inner - s;
+    return {position / grid.segments, s, rest < grid.segment ? rest : grid.segment};
+  }
+};
+
+/* A bit for each element: those of a row, or of all channels' places in a line, begin with a byte.
+ * No two cells of a grid write to one byte. */
+template <class Byte> struct GateBits {
+  Byte* data; // null: none are kept
+  ptrdiff_t n_stride, c_stride; // bytes; c_stride those of 8 channels in columns
+
+  static GateBits of(const Grid& grid, Byte* data) {
+    if (grid.columns) return {data, (grid.channels * grid.inner + 7) / 8, grid.inner};
+    const ptrdiff_t row = (grid.inner + 7) / 8;
+    return {data, grid.channels * row, 8 * row};
+  }
+  Byte* at(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return data + n * n_stride + c * c_stride / 8 + s / 8;
+  }
+};
+
+} // namespace bncore
+
+#endif

@@ -1,0 +1,375 @@
+/* Reductions: the two sums of every channel over one cell of the grid, and statistics from them. */
+#ifndef BNCORE_REDUCTIONS_H
+#define BNCORE_REDUCTIONS_H
+
+#include <cfloat>
+#include <initializer_list>
+
+#include "coefficients.h"
+
+namespace bncore {
+
+/* The two sums of every channel of a block, in twofold form: four rows of C values. */
+struct SumTable {
+  double *first, *first_lo, *second, *second_lo;
+
+  static SumTable of(double* partial, ptrdiff_t block, ptrdiff_t channels) {
+    double* row = partial + block * 4 * channels;
+    return {row, row + channels, row + 2 * channels, row + 3 * channels};
+  }
+  void clear(ptrdiff_t begin, ptrdiff_t end) const {
+    for (double* row : {first, first_lo, second, second_lo})
+      std::memset(row + begin, 0, (end - begin) * sizeof(double));
+  }
+};
+
+/* Terms of a forward pass: deviations from a shift per channel. Scaled: of x times a power of two
+ * per channel, from a shift that is multiplied already. */
+template <class T, bool Scaled, class Positions> struct MomentTerms {
+  View<const T> x;
+  const double* shift;
+  const double* unit;
+  Positions weights;
+
+  void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double* two) const {
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return shift[first + c]; }, one);
+    if (Scaled) fill_line(grid, last - first, [&](ptrdiff_t c) { return unit[first + c]; }, two);
+  }
+  auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    const auto weigh = weights.template at<true>(n, s);
+    return Deviations<T, Scaled, decltype(weigh)>{x.at(n, c) + s, shift[c], Scaled ? unit[c] : 1,
+                                                  weigh};
+  }
+  auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* shifts,
+              const double* units) const {
+    const auto weigh = weights.template at<false>(n, 0);
+    return ColumnDeviations<T, Scaled, decltype(weigh)>{x.at(n, c), x.n_stride * tile, shifts,
+                                                        units, weigh};
+  }
+};
+
+/* Where dz of a backward pass comes from: from dy alone, or through an activation. */
+template <class T> struct PlainGradient {
+  View<const T> dy;
+
+  Strides strides() const { return {dy.n_stride, 0, 0}; }
+  template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return PlainSource<T>{dy.at(n, c) + s};
+  }
+};
+
+/* z is computed again, Residual: with what was added to it. */
+template <class T, bool Residual> struct GatedGradient {
+  View<const T> dy, x, residual;
+  Gate<T> gate;
+
+  Strides strides() const { return {dy.n_stride, x.n_stride, 0}; }
+  template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return GatedSource<T, Pick::template Coefficient, Residual>{
+        dy.at(n, c) + s,
+        {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo),
+         pick(kGateScale), pick(kGateOffset), pick(kUnit)},
+        gate};
+  }
+};
+
+template <class T> struct BitGradient {
+  View<const T> dy;
+  GateBits<const uint8_t> bits;
+  Gate<T> gate;
+
+  Strides strides() const { return {dy.n_stride, 0, bits.n_stride}; }
+  template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return BitSource<T>{dy.at(n, c) + s, bits.at(n, c, s), gate};
+  }
+};
+
+/* Whether dz needs the coefficients of z. */
+template <class From> constexpr bool kComputesZ = false;
+template <class T, bool Residual> constexpr bool kComputesZ<GatedGradient<T, Residual>> = true;
+
+/* Terms of a backward pass: dz and dz (x - mean). The table is that of a group from channel
+ * `begin` on. */
+template <class T, class From, class Positions> struct BackwardTerms {
+  From from;
+  Positions weights;
+  View<const T> x;
+  const double* mean;
+  const double* mean_lo;
+  const CoefficientTable<T>* table;
+  ptrdiff_t begin;
+
+  void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double* two) const {
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return mean[first + c]; }, one);
+    fill_line(grid, last - first, [&](ptrdiff_t c) { return mean_lo[first + c]; }, two);
+  }
+  auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    const auto source = from.source(PickUniform<T>{table, c - begin}, n, c, s);
+    const auto weigh = weights.template at<true>(n, s);
+    return GradientTerms<T, decltype(source), decltype(weigh)>{source, x.at(n, c) + s, mean[c],
+                                                               mean_lo[c], weigh};
+  }
+  auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* means,
+              const double* means_lo) const {
+    const auto source = from.source(PickPerPlace<T>{table}, n, c, 0);
+    const auto weigh = weights.template at<false>(n, 0);
+    const Strides one = from.strides();
+    return ColumnGradientTerms<T, decltype(source), decltype(weigh)>{
+        source, x.at(n, c), {one.dy * tile, x.n_stride * tile, one.bits * tile}, means, means_lo,
+        weigh};
+  }
+};
+
+/* How far ahead a row is fetched. Prefetchers follow a long row by themselves once told where it
+ * goes on; of short ones the next row is fetched. */
+template <class T> inline ptrdiff_t ahead_of(const Grid& grid, ptrdiff_t n_stride) {
+  const ptrdiff_t row_bytes = grid.inner * static_cast<ptrdiff_t>(sizeof(T));
+  return row_bytes >= 8192 ? 2048 / static_cast<ptrdiff_t>(sizeof(T)) : n_stride;
+}
+
+/* End a chunk of channel c: its accumulator goes to the sums. */
+inline void flush(Accumulator* accumulator, SumTable sums, ptrdiff_t c) {
+  two_sum(accumulator->first_total(), &sums.first[c], &sums.first_lo[c]);
+  two_sum(accumulator->second_total(), &sums.second[c], &sums.second_lo[c]);
+  *accumulator = Accumulator();
+}
+
+/* Rows of one cell, into sums[first..last). */
+template <class T, class Terms>
+inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t first,
+                     ptrdiff_t last, ptrdiff_t block, SumTable sums) {
+  const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
+  if (grid.positions == 1) { // nothing to keep from one row of a channel to the next
+    for (ptrdiff_t c = first; c < last; ++c) {
+      Accumulator accumulator = {};
+      add_row(terms.row(0, c, 0), grid.inner, ahead, &accumulator);
+      flush(&accumulator, sums, c);
+    }
+    return;
+  }
+  Accumulator accumulators[kMaxRowsWidth];
+  for (ptrdiff_t c = first; c < last; ++c) accumulators[c - first] = Accumulator();
+  ptrdiff_t filled = 0;
+  for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
+    const Piece piece = Piece::at(grid, t);
+    for (ptrdiff_t c = first; c < last; ++c)
+      add_row(terms.row(piece.n, c, piece.s), piece.length, ahead, &accumulators[c - first]);
+    filled += piece.length;
+    if (filled < kChunk<T> && t + 1 < end) continue;
+    filled = 0;
+    for (ptrdiff_t c = first; c < last; ++c) flush(&accumulators[c - first], sums, c);
+  }
+}
+
+/* Add the places of a line, folded by channel, to sums[first..last). */
+inline void fold_line(const Grid& grid, ptrdiff_t first, ptrdiff_t last, ptrdiff_t tile,
+                      double* line, double* sum, double* sum_lo) {
+  const ptrdiff_t channels = last - first, repeat = grid.inner, places = channels * repeat;
+  for (ptrdiff_t i = places; i < tile * places; ++i) line[i % places] += line[i];
+  for (ptrdiff_t c = 0; repeat > 1 && c < channels; ++c) {
+    double total = 0;
+    for (ptrdiff_t s = 0; s < repeat; ++s) total += line[c * repeat + s];
+    line[c] = total;
+  }
+  for (ptrdiff_t c = 0; c < channels; ++c) two_sum(line[c], &sum[first + c], &sum_lo[first + c]);
+}
+
+/* Columns of one cell, into sums[first..last). */
+template <class T, class Terms>
+inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrdiff_t last,
+                        ptrdiff_t block, SumTable sums) {
+  constexpr ptrdiff_t chain = kChunk<T> / 8; // rows summed before a fold
+  double constants[2][kSumLine + kPad], line[2][kSumLine + kPad];
+  terms.lines(grid, first, last, constants[0], constants[1]);
+  const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
+  ptrdiff_t n = grid.first_position(block);
+  while (n < end) {
+    /* Whole tiles first, then what is left line by line. */
+    const ptrdiff_t tile = grid.tile <= end - n ? grid.tile : 1;
+    const ptrdiff_t places = tile * channels * grid.inner;
+    const ptrdiff_t lines = clamp((end - n) / tile, 1, chain);
+    /* After a block's last line comes the neighbouring group, if there is one. */
+    const bool done = n + lines * tile >= end;
+    const bool is_last = done && grid.blocks == 1;
+    const Ahead next = is_last ? Ahead{(lines - 1) / kStripRows * -kStripRows, places}
+                               : Ahead{kStripRows, 0};
+    std::memset(line[0], 0, (places + kPad) * sizeof(double));
+    std::memset(line[1], 0, (places + kPad) * sizeof(double));
+    add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places, next,
+                line[0], line[1]);
+    fold_line(grid, first, last, tile, line[0], sums.first, sums.first_lo);
+    fold_line(grid, first, last, tile, line[1], sums.second, sums.second_lo);
+    n += lines * tile;
+  }
+}
+
+template <class T, class Terms>
+inline void sum_block(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t group,
+                      ptrdiff_t block, double* partial) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const SumTable sums = SumTable::of(partial, block, grid.channels);
+  sums.clear(first, last);
+  if (grid.columns) sum_columns<T>(grid, terms, first, last, block, sums);
+  else sum_rows<T>(grid, terms, n_stride, first, last, block, sums);
+}
+
+/* partial: (blocks, 4, C), see SumTable. */
+template <class T>
+inline void moments_block(const Grid& grid, View<const T> x, const Weights& weights,
+                          const double* shift, ptrdiff_t group, ptrdiff_t block, double* partial) {
+  weights.visit([&](auto positions) {
+    const MomentTerms<T, false, decltype(positions)> terms = {x, shift, nullptr, positions};
+    sum_block<T>(grid, terms, x.n_stride, group, block, partial);
+  });
+}
+
+/* A value near the channel's mean: its first, for float64 moved by seven others spread over it.
+ * A constant channel gives the constant itself. */
+template <class T>
+inline double pilot(const Grid& grid, View<const T> x, const Weights& weights, ptrdiff_t channel) {
+  const ptrdiff_t n = weights.first_used / grid.inner, s = weights.first_used % grid.inner;
+  const double start = Element<T>::wide(x.at(n, channel)[s]);
+  const ptrdiff_t count = grid.outer * grid.inner;
+  if (sizeof(T) < sizeof(double) || count < 8 || weights.data) return start;
+  double moved = 0;
+  for (ptrdiff_t i = 1; i < 8; ++i) {
+    const ptrdiff_t at = count / 8 * i;
+    moved += Element<T>::wide(x.at(at / grid.inner, channel)[at % grid.inner]) - start;
+  }
+  const double guess = start + 0.125 * moved;
+  return guess - guess == 0 ? guess : start;
+}
+
+/* ------------------------------------------------------------------------------- statistics */
+
+/* All blocks' sums of a group's channels, added in the blocks' order, into block 0's rows. */
+inline SumTable merge_blocks(const Grid& grid, ptrdiff_t group, double* partial) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const SumTable total = SumTable::of(partial, 0, grid.channels);
+  for (ptrdiff_t block = 1; block < grid.blocks; ++block) {
+    const SumTable more = SumTable::of(partial, block, grid.channels);
+    for (ptrdiff_t c = first; c < last; ++c) {
+      two_sum(more.first[c], &total.first[c], &total.first_lo[c]);
+      total.first_lo[c] += more.first_lo[c];
+      two_sum(more.second[c], &total.second[c], &total.second_lo[c]);
+      total.second_lo[c] += more.second_lo[c];
+    }
+  }
+  return total;
+}
+
+/* From a channel's sums about `shift`:
+ *   offset = sum d / n     m2 = sum d^2 - (sum d)^2 / n     mean + mean_lo = shift + offset */
+inline void centre(double first, double first_lo, double second, double second_lo, double shift,
+                   double count, double* mean, double* mean_lo, double* m2) {
+  const double offset = (first + first_lo) / count;
+  const double squares = (second - first * offset) + (second_lo - first_lo * offset);
+  /* Rounding may leave a constant channel just below zero; a NaN stays one. */
+  *m2 = squares < 0 ? 0 : squares;
+  const double total = shift + offset, taken = total - shift;
+  *mean_lo = (shift - (total - taken)) + (offset - taken);
+  *mean = total;
+}
+
+/* By what to multiply the deviations of a channel with these sums, lest their squares leave
+ * float64's range; a NaN is left to itself. */
+inline double unit_of_squares(double first, double second) {
+  if (second > 0x1p-900 && second < 0x1p900) return 1;
+  if (second >= 0x1p900 && first == first) return 0x1p-600;
+  return second <= 0x1p-900 && first != 0 ? 0x1p600 : 1;
+}
+
+/* Take a group's sums again where a unit is not 1: into unit, sums and shift. */
+template <class T>
+inline void rescale(const Grid& grid, View<const T> x, const Weights& weights, double* partial,
+                    double* shift, ptrdiff_t group, double* unit) {
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const SumTable sums = SumTable::of(partial, 0, grid.channels);
+  bool ordinary = true;
+  for (ptrdiff_t c = first; c < last; ++c) {
+    unit[c] = unit_of_squares(sums.first[c], sums.second[c]);
+    ordinary &= unit[c] == 1;
+  }
+  if (ordinary) return;
+  for (ptrdiff_t c = first; c < last; ++c) shift[c] *= unit[c];
+  weights.visit([&](auto positions) {
+    const MomentTerms<T, true, decltype(positions)> terms = {x, shift, unit, positions};
+    for (ptrdiff_t block = 0; block < grid.blocks; ++block)
+      sum_block<T>(grid, terms, x.n_stride, group, block, partial);
+  });
+  merge_blocks(grid, group, partial);
+}
+
+/* Moments of one channel from sums about its mean, near enough. */
+template <class T, bool Scaled>
+inline void centre_again(const Grid& grid, View<const T> x, const Weights& weights, ptrdiff_t c,
+                         double unit, double* mean, double* mean_lo, double* m2) {
+  Grid one = grid;
+  one.width = one.channels = one.groups = one.tile = 1;
+  const double near = *mean;
+  const View<const T> channel = {x.data + c * x.c_stride, x.n_stride, x.c_stride};
+  double again[4] = {};
+  const SumTable total = {&again[0], &again[1], &again[2], &again[3]};
+  weights.visit([&](auto positions) {
+    const MomentTerms<T, Scaled, decltype(positions)> terms = {channel, &near, &unit, positions};
+    for (ptrdiff_t block = 0; block < grid.blocks; ++block) {
+      if (grid.columns) sum_columns<T>(one, terms, 0, 1, block, total);
+      else sum_rows<T>(one, terms, x.n_stride, 0, 1, block, total);
+    }
+  });
+  centre(again[0], again[1], again[2], again[3], near, weights.total, mean, mean_lo, m2);
+}
+
+/* Mean and m2 of a group's channels, m2 being that of x times unit. The subtraction in `centre`
+ * loses sum d^2 / m2 in accuracy; where that is more than the element type can bear, the sums are
+ * taken again about the mean just found. */
+template <class T>
+inline void finish_moments(const Grid& grid, View<const T> x, const Weights& weights,
+                           double* partial, double* shift, ptrdiff_t group,
+                           double* __restrict unit, double* __restrict mean,
+                           double* __restrict mean_lo, double* __restrict m2) {
+  constexpr bool is_double = sizeof(T) == sizeof(double);
+  constexpr double limit = is_double ? 4 : 64;
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const SumTable sums = merge_blocks(grid, group, partial);
+  if constexpr (is_double) rescale(grid, x, weights, partial, shift, group, unit);
+  else for (ptrdiff_t c = first; c < last; ++c) unit[c] = 1;
+  for (ptrdiff_t c = first; c < last; ++c)
+    centre(sums.first[c], sums.first_lo[c], sums.second[c], sums.second_lo[c], shift[c],
+           weights.total, &mean[c], &mean_lo[c], &m2[c]);
+  for (ptrdiff_t c = first; c < last; ++c)
+    if (sums.second[c] > limit * m2[c])
+      centre_again<T, is_double>(grid, x, weights, c, unit[c], &mean[c], &mean_lo[c], &m2[c]);
+  for (ptrdiff_t c = first; is_double && c < last; ++c) {
+    mean[c] /= unit[c];
+    mean_lo[c] /= unit[c];
+  }
+}
+
+/* var = m2 / n      inv_std = 1 / sqrt(var + eps), where m2 is that of x times unit */
+inline void finish_inv_std(const Grid& grid, const Weights& weights, double eps, ptrdiff_t group,
+                           const double* __restrict unit, double* __restrict var,
+                           double* __restrict inv_std) {
+  for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) {
+    const double scaled = var[c] / weights.total, scaled_eps = eps * unit[c] * unit[c];
+    /* The product overflows only where the variance is nothing beside eps. */
+    inv_std[c] = scaled_eps <= DBL_MAX ? unit[c] / std::sqrt(scaled + scaled_eps)
+                                       : 1 / std::sqrt(eps);
+    var[c] = scaled / unit[c] / unit[c];
+  }
+}
+
+/* sum dy      sum dy x' = inv_std sum dy (x - mean) */
+inline void finish_sums(const Grid& grid, double* partial, const double* __restrict inv_std,
+                        ptrdiff_t group, double* __restrict sum_dy,
+                        double* __restrict sum_dy_xhat) {
+  const SumTable sums = merge_blocks(grid, group, partial);
+  for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) {
+    sum_dy[c] = sums.first[c] + sums.first_lo[c];
+    sum_dy_xhat[c] = (sums.second[c] + sums.second_lo[c]) * inv_std[c];
+  }
+}
+
+} // namespace bncore
+
+#endif
