@@ -1,7 +1,7 @@
 """Weights of positions, as the kernels take them.
 
-A mask and sample weights become one array: the weight of each position in the statistics, and -1
-where it is masked, which has neither y nor gradient.
+A mask alone becomes bytes, and sample weights float64 values that are negative where a position is
+masked: it has neither y nor gradient then.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ import numpy as np
 
 from bncore import _layout
 
-MASKED = -1.0
-
 
 class Weights(NamedTuple):
     """How much each position counts.
 
     Attributes
     ----------
-    values : (N, S) ndarray of float64
-        Weights, scaled by a power of two lest squares times weights overflow; `MASKED` elsewhere.
+    values : (N, S) ndarray of int8 or float64
+        A mask: -1 where a position counts, else 0. Or weights, scaled by a power of two lest
+        squares times weights overflow, and negative where a position is masked.
     total : float
-        Their sum.
+        Sum of the weights above 0, 1 each for a mask.
     first_used : int
-        The first position ``n * S + s`` of a weight above 0.
+        The first position ``n * S + s`` that counts.
     unit : float
-        By what to multiply values and total for those that were given.
+        By what to multiply values and total for the weights that were given.
     """
 
     values: np.ndarray
@@ -39,6 +38,12 @@ class Weights(NamedTuple):
     def count(self) -> float:
         """Sum of the given weights."""
         return self.total * self.unit
+
+    def as_floats(self) -> np.ndarray:
+        """The scaled weights as (N, S) float64: 1 for a mask, negative where masked."""
+        if self.values.dtype == np.float64:
+            return self.values
+        return np.where(self.values, 1.0, -1.0)
 
 
 def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
@@ -54,18 +59,20 @@ def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
     """
     if mask is None and sample_weight is None:
         return None
-    unit = 1.0
+    valid = None if mask is None else _layout.positions_to_kernel(mask, layout)
     if sample_weight is None:
-        values = np.where(_layout.positions_to_kernel(mask, layout), 1.0, MASKED)
-    else:
-        values = _layout.positions_to_kernel(sample_weight, layout)
-        unit = _power_of_two(values.max(initial=0.0))
-        values = values / unit
-        if mask is not None:
-            values[~_layout.positions_to_kernel(mask, layout)] = MASKED
+        return Weights(-valid.view(np.int8), float(valid.sum()), _first(valid), 1.0)
+    values = _layout.positions_to_kernel(sample_weight, layout)
+    unit = _power_of_two(values.max(initial=0.0))
+    values = values / unit
+    if valid is not None:
+        values[~valid] = -1.0
     used = values > 0
-    total = float(values.sum(where=used))
-    return Weights(values, total, int(used.argmax()) if total else 0, unit)
+    return Weights(values, float(values.sum(where=used)), _first(used), unit)
+
+
+def _first(used: np.ndarray) -> int:
+    return int(used.argmax()) if used.size else 0
 
 
 def _power_of_two(number: float) -> float:

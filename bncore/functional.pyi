@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,10 +17,18 @@ Activation: TypeAlias = (
 )
 
 class Gradients(NamedTuple):
-    dx: Array
+    dx: Array  # None only where wrt leaves it out
     dgamma: Array | None
     dbeta: Array | None
     dresidual: Array | None = None
+
+class InferenceGradients(NamedTuple):
+    dx: Array  # None only where wrt leaves it out
+    dgamma: Array | None
+    dbeta: Array | None
+    dresidual: Array | None
+    dmean: Array | None
+    dvar: Array | None
 
 class Reduced(NamedTuple):
     sum_dy: Doubles
@@ -53,7 +62,13 @@ def batch_norm(
     sample_weight: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]: ...
-def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: Array | None = None) -> Gradients: ...
+def batch_norm_backward(
+    dy: ArrayLike,
+    saved: Saved,
+    *,
+    wrt: str | Sequence[str] | None = None,
+    out: Array | None = None,
+) -> Gradients: ...
 def batch_norm_inference(
     x: ArrayLike,
     mean: ArrayLike,
@@ -78,8 +93,10 @@ def batch_norm_inference_backward(
     axis: Axis = 1,
     eps: float = 1e-5,
     activation: Activation = None,
+    residual: ArrayLike | None = None,
+    wrt: str | Sequence[str] | None = None,
     out: Array | None = None,
-) -> Gradients: ...
+) -> InferenceGradients: ...
 def moments(
     x: ArrayLike,
     *,

@@ -188,7 +188,7 @@ def backward(
     if dx is None:
         return
     if count:
-        share = 1 / count if weights is None else weights.values[:, None] / count
+        share = 1 / count if weights is None else weights.as_floats()[:, None] / count
         gradient -= share * (_column(sums[0]) + normalized * _column(sums[1]))
     dx[...] = _unmasked(_column(inv_std if gamma is None else gamma * inv_std) * gradient, weights)
 
@@ -284,8 +284,8 @@ def _moments(x, weights):
     """mean, mean_lo, m2 and scale per channel; the true m2 is ``m2 * 4**scale``."""
     values, w = _by_channel(x), None
     if weights is not None:
-        used = weights.values.ravel() > 0
-        values, w = values[:, used], weights.values.ravel()[used]
+        w = weights.as_floats().ravel()
+        values, w = values[:, w > 0], w[w > 0]
     zeros = np.zeros(x.shape[1])
     count = _count(x, weights)
     if not count or not x.shape[1]:
@@ -324,7 +324,7 @@ def _total(values, w):
 
 def _unmasked(values, weights):
     """Values of (N, C, S), 0 where a position is masked."""
-    return values if weights is None else np.where(weights.values[:, None] < 0, 0.0, values)
+    return values if weights is None else np.where(weights.as_floats()[:, None] < 0, 0.0, values)
 
 
 def _column(per_channel):

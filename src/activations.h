@@ -1,5 +1,4 @@
-/* Activations, and what a forward and a backward pass have in common: z, the value an activation
- * is applied to, is computed from x once for y and again, in the same way, for the gradient.
+/* Activations, and z, the value they are applied to:
  *
  *   z = ((x - mean_hi) - mean_lo) scale + offset [+ residual]
  *
@@ -56,9 +55,7 @@ template <class T> struct Clip {
   explicit Clip(Epilogue e)
       : low(static_cast<decltype(low)>(e.a)), high(static_cast<decltype(high)>(e.b)) {}
   template <class V> V operator()(V z) const {
-    const V floor = low - V{}, ceiling = high - V{};
-    z = z < floor ? floor : z;
-    return z > ceiling ? ceiling : z;
+    return least(high - V{}, most(low - V{}, z));
   }
 };
 
@@ -76,33 +73,11 @@ template <class T> struct AnyActivation {
         low(static_cast<decltype(low)>(e.activation == 1 ? e.a : -HUGE_VAL)),
         high(static_cast<decltype(high)>(e.activation == 1 ? e.b : HUGE_VAL)) {}
   template <class V> V operator()(V z) const {
-    const V floor = low - V{}, ceiling = high - V{};
-    z = z < V{} ? z * slope : z;
-    z = z < floor ? floor : z;
-    return z > ceiling ? ceiling : z;
+    return least(high - V{}, most(low - V{}, z < V{} ? z * slope : z));
   }
 };
 
-/* The gradient of any of them: dz = dy between low and high, elsewhere dy times `outside`, or 0
- * whatever dy is. */
-template <class T> struct Gate {
-  typename Element<T>::Real low, high, outside;
-  explicit Gate(Epilogue e)
-      : low(static_cast<decltype(low)>(e.activation == 1 ? e.a : 0)),
-        high(static_cast<decltype(high)>(e.activation == 1 ? e.b : HUGE_VAL)),
-        outside(static_cast<decltype(outside)>(e.activation == 1 ? 0 : e.a)) {}
-  template <class V> auto passes(V z) const {
-    const V floor = low - V{}, ceiling = high - V{};
-    return ~((z <= floor) | (z >= ceiling));
-  }
-  template <class Lanes, class V> V apply(Lanes passed, V dy) const {
-    const V otherwise = outside == 0 ? V{} : dy * outside;
-    return passed ? dy : otherwise;
-  }
-  template <class V> V operator()(V z, V dy) const { return apply(passes(z), dy); }
-};
-
-/* ------------------------------------------------------------------------------------ z, dz */
+/* ---------------------------------------------------------------------------------------- z */
 
 /* z of a row or line. Scaled: x is first multiplied by a power of two, see unit_of in blocks.h. */
 template <class T, template <class> class Coefficient, bool Residual, bool Scaled> struct Latent {
@@ -118,73 +93,6 @@ template <class T, template <class> class Coefficient, bool Residual, bool Scale
     return Residual ? v + load_as<V, Whole>(residual + i, k) : v;
   }
 };
-
-/* Elements from one row to the next; of bits the bytes. */
-struct Strides {
-  ptrdiff_t dy, x, bits;
-};
-
-/* dz = dy, where there is no activation. */
-template <class T> struct PlainSource {
-  const T* dy;
-
-  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
-    return load_as<V, Whole>(dy + i, k);
-  }
-  PlainSource row(ptrdiff_t r, Strides strides) const { return {dy + r * strides.dy}; }
-};
-
-/* dz = act'(z) dy, z computed again. */
-template <class T, template <class> class Coefficient, bool Residual> struct GatedSource {
-  const T* dy;
-  Latent<T, Coefficient, Residual, true> latent;
-  Gate<T> gate;
-
-  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
-    return gate(latent.template z<V, Whole>(i, k), load_as<V, Whole>(dy + i, k));
-  }
-  GatedSource row(ptrdiff_t r, Strides strides) const {
-    GatedSource moved = *this;
-    moved.dy += r * strides.dy;
-    moved.latent.x += r * strides.x;
-    return moved;
-  }
-};
-
-/* dz = act'(z) dy, the gate kept as a bit for each element. */
-template <class T> struct BitSource {
-  const T* dy;
-  const uint8_t* bits;
-  Gate<T> gate;
-
-  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
-    return gate.apply(lanes_of_bits<V>(bits, i), load_as<V, Whole>(dy + i, k));
-  }
-  BitSource row(ptrdiff_t r, Strides strides) const {
-    return {dy + r * strides.dy, bits + r * strides.bits, gate};
-  }
-};
-
-/* Keep where z passes the gate, a bit for each of n elements, the last byte filled up with 0. */
-template <class T, class Latent>
-inline void pack_gate(const Latent& latent, const Gate<T>& gate, ptrdiff_t n, uint8_t* bits) {
-  typedef typename Element<T>::Vec Vec;
-  constexpr int lanes = Element<T>::kLanes, step = lanes < 8 ? 8 : lanes;
-  ptrdiff_t i = 0;
-  for (; i + step <= n; i += step) {
-    uint32_t passed = 0;
-#pragma GCC unroll 4
-    for (int j = 0; j < step; j += lanes)
-      passed |= bits_of_lanes(gate.passes(latent.template z<Vec, true>(i + j, lanes))) << j;
-    std::memcpy(bits + i / 8, &passed, step / 8);
-  }
-  for (uint32_t passed = 0; i < n; i += lanes) {
-    const int k = n - i < lanes ? static_cast<int>(n - i) : lanes, at = i % 8;
-    const uint32_t some = bits_of_lanes(gate.passes(latent.template z<Vec, false>(i, k)));
-    passed = (at ? passed : 0) | (some & ((1u << k) - 1)) << at;
-    std::memcpy(bits + i / 8, &passed, (at + k + 7) / 8);
-  }
-}
 
 } // namespace bncore
 

@@ -10,7 +10,7 @@ cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from libc.math cimport INFINITY
-from libc.stdint cimport uint8_t
+from libc.stdint cimport int8_t, uint8_t
 
 from blocks cimport Epilogue, View, Weights, element
 
@@ -233,7 +233,8 @@ cdef inline Epilogue no_epilogue() noexcept nogil:
 cdef inline Weights equal_weights(const Shape& shape) noexcept nogil:
     """Every position counts 1."""
     cdef Weights weights
-    weights.data = NULL
+    weights.values = NULL
+    weights.mask = NULL
     weights.n_stride = weights.first_used = 0
     weights.total = <double> (shape.outer * shape.inner)
     return weights
@@ -245,7 +246,11 @@ cdef inline Weights weights_of(object given, const Shape& shape) except *:
     if given is None:
         return weights
     values, weights.total, weights.first_used, _ = given
-    weights.data = <const double*> cnp.PyArray_DATA(<cnp.ndarray?> values)
+    cdef cnp.ndarray array = <cnp.ndarray?> values
+    if cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
+        weights.values = <const double*> cnp.PyArray_DATA(array)
+    else:
+        weights.mask = <const int8_t*> cnp.PyArray_DATA(array)
     weights.n_stride = shape.inner
     return weights
 

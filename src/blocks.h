@@ -19,10 +19,7 @@ inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
   const ptrdiff_t step = grid.tile, stride = step * writer.out.n_stride;
   T* const line = writer.out.at(t, c);
   const auto map = [&](ptrdiff_t i) { return writer.map(pick, t + i * step, c, 0); };
-  const auto keep = [&](ptrdiff_t i) { writer.keep(pick, t + i * step, c, 0, length); };
-  keep(0);
   if (tiles >= kLinesAtOnce && stride % Element<T>::kLanes == 0) {
-    for (ptrdiff_t i = 1; i < kLinesAtOnce; ++i) keep(i);
     if constexpr (kLinesAtOnce == 4)
       write_rows<Writer::kStream>({map(0), map(1), map(2), map(3)},
                                   {line, line + stride, line + 2 * stride, line + 3 * stride},
@@ -52,13 +49,11 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   }
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
-    for (ptrdiff_t c = first; c < last; ++c) {
-      const PickUniform<T> pick = {&table, c - first};
-      writer.keep(pick, piece.n, c, piece.s, piece.length);
-      write_rows<Writer::kStream>({writer.map(pick, piece.n, c, piece.s)},
-                                  {writer.out.at(piece.n, c) + piece.s}, piece.length,
-                                  c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
-    }
+    for (ptrdiff_t c = first; c < last; ++c)
+      write_rows<Writer::kStream>(
+          {writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s)},
+          {writer.out.at(piece.n, c) + piece.s}, piece.length,
+          c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
   }
 }
 
@@ -76,15 +71,12 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
   ptrdiff_t filled = 0;
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
-    for (ptrdiff_t i = 0; i < grid.width; ++i) {
-      const PickUniform<T> pick = {&table, i};
-      writer.keep(pick, piece.n, written + i, piece.s, piece.length);
+    for (ptrdiff_t i = 0; i < grid.width; ++i)
       write_and_add_row<Writer::kStream>(
-          writer.map(pick, piece.n, written + i, piece.s),
+          writer.map(PickUniform<T>{&table, i}, piece.n, written + i, piece.s),
           writer.out.at(piece.n, written + i) + piece.s, terms.row(piece.n, summed + i, piece.s),
           piece.length, i + 1 < grid.width ? writer.out.c_stride : writer.out.n_stride, ahead,
           &accumulators[i]);
-    }
     filled += piece.length;
     if (filled < kChunk<T> && t + 1 < end) continue;
     filled = 0;
@@ -92,13 +84,7 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
   }
 }
 
-/* Writers: the map of a row, where it goes, and what is kept of it beforehand: the result may lie
- * over what it is computed from. */
-struct KeepsNothing {
-  template <class Pick>
-  void keep(const Pick&, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t) const {}
-};
-
+/* Writers: the map of a row and where it goes. */
 template <class T, class Activation, bool Residual, bool Scaled, class Positions, bool Stream>
 struct NormalizeWriter {
   static constexpr bool kStream = Stream;
@@ -110,70 +96,57 @@ struct NormalizeWriter {
   Positions weights;
 
   template <class Pick>
-  auto latent(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return Latent<T, Pick::template Coefficient, Residual, Scaled>{
-        x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo),
-        pick(kScale), pick(kOffset), pick(kUnit)};
-  }
-  template <class Pick>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    const auto z = latent(pick, n, c, s);
+    typedef Latent<T, Pick::template Coefficient, Residual, Scaled> Z;
+    const Z z = {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi),
+                 pick(kMeanLo), pick(kScale), pick(kOffset), pick(kUnit)};
     const auto weigh = weights.template at<Pick::kRows>(n, s);
-    return Normalize<T, decltype(z), Activation, decltype(weigh)>{z, activation, weigh};
-  }
-  template <class Pick>
-  void keep(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, ptrdiff_t length) const {
-    if (Residual && bits.data)
-      pack_gate(latent(pick, n, c, s), gate, length, bits.at(n, c, s));
+    return Normalize<T, Z, Activation, decltype(weigh), Residual>{
+        z, activation, weigh, gate, bits.data ? bits.at(n, c, s) : nullptr};
   }
 };
 
-template <class T, bool Scaled, bool Stream, class From, class Positions>
-struct GradientWriter : KeepsNothing {
+template <class T, bool Scaled, bool Stream, class From, class Positions> struct GradientWriter {
   static constexpr bool kStream = Stream;
   From from;
   View<const T> x;
   View<T> out;
   Positions weights;
 
-  GradientWriter(From from, View<const T> x, View<T> out, Positions weights)
-      : from(from), x(x), out(out), weights(weights) {}
   template <class Pick>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     const auto source = from.source(pick, n, c, s);
     const auto weigh = weights.template at<Pick::kRows>(n, s);
     return Gradient<T, Pick::template Coefficient, Scaled, decltype(source), decltype(weigh)>{
-        source, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi), pick(kShiftLo),
+        {}, source, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi), pick(kShiftLo),
         pick(kSlope), pick(kScale), pick(kUnit), weigh};
   }
 };
 
-template <class T, bool Stream, class From, class Positions> struct GateWriter : KeepsNothing {
+template <class T, bool Stream, class From, class Positions> struct GateWriter {
   static constexpr bool kStream = Stream;
   From from;
   View<T> out;
   Positions weights;
 
-  GateWriter(From from, View<T> out, Positions weights)
-      : from(from), out(out), weights(weights) {}
   template <class Pick>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     const auto source = from.source(pick, n, c, s);
     const auto weigh = weights.template at<Pick::kRows>(n, s);
-    return JustGate<T, decltype(source), decltype(weigh)>{source, weigh};
+    return JustGate<T, decltype(source), decltype(weigh)>{{}, source, weigh};
   }
 };
 
-template <class T, bool Stream, class From> struct FixedGradientWriter : KeepsNothing {
+template <class T, bool Stream, class From> struct FixedGradientWriter {
   static constexpr bool kStream = Stream;
   From from;
   View<T> out;
 
-  FixedGradientWriter(From from, View<T> out) : from(from), out(out) {}
   template <class Pick>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     const auto source = from.source(pick, n, c, s);
-    return FixedGradient<T, Pick::template Coefficient, decltype(source)>{source, pick(kScale)};
+    return FixedGradient<T, Pick::template Coefficient, decltype(source)>{{}, source,
+                                                                          pick(kScale)};
   }
 };
 
@@ -210,7 +183,7 @@ template <class T> struct ForwardInput {
   Weights weights;
   uint8_t* bits; // null: none are kept
 
-  Purpose purpose() const { return {weights.data != nullptr, bits != nullptr}; }
+  Purpose purpose() const { return {weights.any(), bits != nullptr}; }
 };
 
 /* A unit is always multiplied in beside a residual, an activation or weights, where 1 changes
@@ -248,7 +221,8 @@ inline void normalize_work(const Work& work, const ForwardInput<T>& input, View<
     else if (activation == 2) with(normalize_with<T, LeakyRelu<T>, true, true, Every, Work>);
     else with(normalize_with<T, Identity<T>, true, true, Every, Work>);
   } else {
-    if (activation == 1) with(normalize_with<T, Clip<T>, false, true, Every, Work>);
+    if (activation == 1 && !scaled) with(normalize_with<T, Clip<T>, false, false, Every, Work>);
+    else if (activation == 1) with(normalize_with<T, Clip<T>, false, true, Every, Work>);
     else with(normalize_with<T, LeakyRelu<T>, false, true, Every, Work>);
   }
 }
@@ -257,14 +231,14 @@ inline void normalize_work(const Work& work, const ForwardInput<T>& input, View<
 template <class T>
 inline void normalize_weighted(const JustWrite<T>& work, const ForwardInput<T>& input, View<T> y,
                                const NormalizeParameters& p, bool stream) {
-  typedef WeightedPositions Some;
-  const Some weights = {input.weights.data, input.weights.n_stride};
   CoefficientTable<T> table;
   fill_normalize<T>(work.grid, p, work.group, true, &table);
-  if (input.residual.data)
-    normalize_with<T, AnyActivation<T>, true, true>(work, table, input, weights, y, stream);
-  else
-    normalize_with<T, AnyActivation<T>, false, true>(work, table, input, weights, y, stream);
+  input.weights.visit_some([&](auto weights) {
+    if (input.residual.data)
+      normalize_with<T, AnyActivation<T>, true, true>(work, table, input, weights, y, stream);
+    else
+      normalize_with<T, AnyActivation<T>, false, true>(work, table, input, weights, y, stream);
+  });
 }
 
 template <class T>
@@ -272,7 +246,7 @@ inline void normalize_block(const Grid& grid, const ForwardInput<T>& input, View
                             const NormalizeParameters& p, bool stream, ptrdiff_t group,
                             ptrdiff_t block) {
   const JustWrite<T> work = {grid, group, block};
-  if (input.weights.data) normalize_weighted(work, input, y, p, stream);
+  if (input.weights.any()) normalize_weighted(work, input, y, p, stream);
   else normalize_work(work, input, y, p, stream);
 }
 
@@ -288,24 +262,46 @@ inline void normalize_and_sum_block(const Grid& grid, const ForwardInput<T>& inp
                  input, y, p, stream);
 }
 
-/* What a backward pass reads. The gates of an activation are given as bits, or follow from x, and
- * what was added to z where that is given. */
+/* What a backward pass reads. The gates of an activation are given as bits, or as intervals of x
+ * among the parameters; only where dz alone is computed, a residual may tell them. */
 template <class T> struct BackwardInput {
   View<const T> dy, x, residual; // no residual: null
   Epilogue epilogue;
   Weights weights;
   const uint8_t* bits; // null: none were kept
 
-  Purpose purpose() const { return {weights.data != nullptr, bits != nullptr}; }
+  Purpose purpose() const { return {weights.any(), bits != nullptr}; }
   /* Calls visit with where dz comes from. */
   template <class Visit> void visit(const Grid& grid, const Visit& visit_from) const {
     const Gate<T> gate(epilogue);
     const auto its_bits = GateBits<const uint8_t>::of(grid, bits);
     if (epilogue.activation == 0) visit_from(PlainGradient<T>{dy});
     else if (bits) visit_from(BitGradient<T>{dy, its_bits, gate});
-    else visit_from(GatedGradient<T, false>{dy, x, residual, gate});
+    else visit_from(IntervalGradient<T>{dy, x, gate});
   }
 };
+
+/* The gates of some channels as intervals of x. */
+template <class T>
+inline void find_gates(const BackwardInput<T>& input, const GradientParameters& p,
+                       ptrdiff_t first, ptrdiff_t last, double* gate_low, double* gate_high) {
+  typedef typename Element<T>::Real Real;
+  const Gate<T> gate(input.epilogue);
+  Grid one = {};
+  one.width = one.inner = one.tile = 1;
+  one.channels = last;
+  CoefficientTable<T> table;
+  for (ptrdiff_t c = first; c < last; ++c) {
+    fill_normalize<T>(one, p, c, true, &table);
+    const auto& row = table.row;
+    const Ramp<Real> z = {row[kMeanHi][0], row[kMeanLo][0], row[kScale][0], row[kOffset][0],
+                          row[kUnit][0]};
+    Real low, high;
+    gate_interval(gate, z, &low, &high);
+    gate_low[c] = low;
+    gate_high[c] = high;
+  }
+}
 
 /* The sums of one cell: dz and dz (x - mean). */
 template <class T>
@@ -321,9 +317,9 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
     });
   };
   input.visit(grid, [&](const auto& from) {
-    if constexpr (!kComputesZ<std::decay_t<decltype(from)>>) return sum(from, nullptr);
+    if constexpr (!kHasInterval<std::decay_t<decltype(from)>>) return sum(from, nullptr);
     CoefficientTable<T> table;
-    fill_gate_alone(grid, p, group, &table);
+    fill_gates(grid, p, group, &table);
     sum(from, &table);
   });
 }
@@ -334,20 +330,19 @@ inline void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> 
                        const GradientParameters& p, bool stream, ptrdiff_t group,
                        ptrdiff_t block) {
   CoefficientTable<T> table;
-  fill_gate_alone(grid, p, group, &table);
   const JustWrite<T> work = {grid, group, block};
   const auto write = [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
+    if (kHasInterval<From>) fill_gates(grid, p, group, &table);
     input.weights.visit([&](auto positions) {
       typedef decltype(positions) Positions;
-      if (stream) work(table, GateWriter<T, true, From, Positions>(from, dz, positions));
-      else work(table, GateWriter<T, false, From, Positions>(from, dz, positions));
+      if (stream) work(table, GateWriter<T, true, From, Positions>{from, dz, positions});
+      else work(table, GateWriter<T, false, From, Positions>{from, dz, positions});
     });
   };
-  if (input.residual.data && input.epilogue.activation && !input.bits)
-    write(GatedGradient<T, true>{input.dy, input.x, input.residual, Gate<T>(input.epilogue)});
-  else
-    input.visit(grid, write);
+  if (!input.residual.data || input.epilogue.activation == 0) return input.visit(grid, write);
+  fill_normalize(grid, p, group, true, &table);
+  write(LatentGradient<T>{input.dy, input.x, input.residual, Gate<T>(input.epilogue)});
 }
 
 /* What a backward pass writes; dz, the gradient of what was added to z, only where asked for. */
@@ -359,18 +354,18 @@ template <class T> struct BackwardOutput {
 template <class T, class Work, class From, class Positions>
 inline void gradient_work(const Work& work, const From& from, Positions weights, View<const T> x,
                           View<T> dx, const GradientParameters& p, bool stream) {
-  constexpr bool gated = kComputesZ<From>;
-  constexpr bool with_unit = gated || std::is_same_v<Positions, WeightedPositions>;
+  constexpr bool gated = kHasInterval<From>;
+  constexpr bool with_unit = Positions::kAny;
   CoefficientTable<T> table;
   const bool scaled = fill_gradient<T>(work.grid, p, work.group, gated, with_unit, &table);
   if (scaled || with_unit) {
-    if (stream) work(table, GradientWriter<T, true, true, From, Positions>(from, x, dx, weights));
-    else work(table, GradientWriter<T, true, false, From, Positions>(from, x, dx, weights));
+    if (stream) work(table, GradientWriter<T, true, true, From, Positions>{from, x, dx, weights});
+    else work(table, GradientWriter<T, true, false, From, Positions>{from, x, dx, weights});
   } else {
     typedef GradientWriter<T, with_unit, true, From, Positions> Streamed;
     typedef GradientWriter<T, with_unit, false, From, Positions> Cached;
-    if (stream) work(table, Streamed(from, x, dx, weights));
-    else work(table, Cached(from, x, dx, weights));
+    if (stream) work(table, Streamed{from, x, dx, weights});
+    else work(table, Cached{from, x, dx, weights});
   }
 }
 
@@ -403,9 +398,9 @@ inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& inp
           WriteAndSum<T, Terms>{grid, group, block, next, terms, input.x.n_stride, partial}, from,
           EveryPosition(), input.x, output.dx, p, stream);
     };
-    if constexpr (!kComputesZ<From>) return work(nullptr);
+    if constexpr (!kHasInterval<From>) return work(nullptr);
     CoefficientTable<T> table;
-    fill_gate_alone(grid, p, next, &table);
+    fill_gates(grid, p, next, &table);
     work(&table);
   });
 }
@@ -417,15 +412,15 @@ inline void fixed_gradient_block(const Grid& grid, const BackwardInput<T>& input
                                  ptrdiff_t block) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table;
-  fill_gate_alone(grid, p, group, &table);
   fill_line(grid, last - first, [&](ptrdiff_t c) {
-    return finite<typename Element<T>::Real>(gradient_scale(p, first + c));
+    return finite<typename Element<T>::Real>(scale_of(p, first + c));
   }, table.row[kScale]);
   const JustWrite<T> work = {grid, group, block};
   input.visit(grid, [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
-    if (stream) work(table, FixedGradientWriter<T, true, From>(from, dx));
-    else work(table, FixedGradientWriter<T, false, From>(from, dx));
+    if (kHasInterval<From>) fill_gates(grid, p, group, &table);
+    if (stream) work(table, FixedGradientWriter<T, true, From>{from, dx});
+    else work(table, FixedGradientWriter<T, false, From>{from, dx});
   });
 }
 

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The grid of cells and the work of one cell, as `blocks.h` has them."""
 
-from libc.stdint cimport uint8_t, uint16_t
+from libc.stdint cimport int8_t, uint8_t, uint16_t
 
 cdef extern from "blocks.h" namespace "bncore" nogil:
     struct Half:
@@ -23,11 +23,13 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
                   Purpose)
     Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                   Purpose)
-    struct Weights:
-        const double* data
+    cppclass Weights:
+        const double* values
+        const int8_t* mask
         ptrdiff_t n_stride
         double total
         ptrdiff_t first_used
+        bint any()
     cppclass View[T]:
         T* data
         ptrdiff_t n_stride, c_stride
@@ -48,6 +50,8 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         const double* beta
         const double* sum_dy
         const double* sum_dy_xhat
+        const double* gate_low
+        const double* gate_high
         double count
 
     cppclass ForwardInput[T]:
@@ -77,6 +81,8 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     void normalize_block[T](const Grid&, const ForwardInput[T]&, View[T] y,
                             const NormalizeParameters&, bint stream, ptrdiff_t group,
                             ptrdiff_t block)
+    void find_gates[T](const BackwardInput[T]&, const GradientParameters&, ptrdiff_t first,
+                       ptrdiff_t last, double* gate_low, double* gate_high)
     void reduce_block[T](const Grid&, const BackwardInput[T]&, const GradientParameters&,
                          ptrdiff_t group, ptrdiff_t block, double* partial)
     void finish_sums(const Grid&, double* partial, const double* inv_std, ptrdiff_t group,

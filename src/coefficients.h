@@ -27,10 +27,10 @@ inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel
 
 /* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they
  * are mean_hi, mean_lo, scale, offset and unit; for dx mean_hi, mean_lo, shift_hi, shift_lo,
- * slope, scale and unit; for dz mean_hi, mean_lo, gate_scale, gate_offset and unit. */
+ * slope, scale and unit; for dz gate_low and gate_high. */
 enum {
-  kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kGateScale,
-  kGateOffset, kRows
+  kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kGateLow,
+  kGateHigh, kRows
 };
 
 template <class T> struct CoefficientTable {
@@ -60,6 +60,7 @@ struct NormalizeParameters {
 
 struct GradientParameters {
   const double *mean, *mean_lo, *inv_std, *gamma, *beta, *sum_dy, *sum_dy_xhat;
+  const double *gate_low, *gate_high; // intervals of x, see gates.h
   double count;
 };
 
@@ -125,51 +126,37 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   return scaled;
 }
 
+/* The scale of a channel's z, and of its gradient. */
+template <class Parameters> inline double scale_of(const Parameters& p, ptrdiff_t c) {
+  return p.gamma ? p.gamma[c] * p.inv_std[c] : p.inv_std[c];
+}
+
 /* The coefficients of z in a group; whether a unit is not 1. */
-template <class T>
-inline bool fill_normalize(const Grid& grid, const NormalizeParameters& p, ptrdiff_t group,
-                           bool with_unit, CoefficientTable<T>* table) {
-  typedef typename Element<T>::Real Real;
+template <class T, class Parameters>
+inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t group, bool with_unit,
+                           CoefficientTable<T>* table) {
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
   double unit[max_line(sizeof(T))];
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   if (with_unit && !scaled)
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
   fill_line(grid, channels, [&](ptrdiff_t c) {
-    const double scale = p.gamma ? p.gamma[first + c] * p.inv_std[first + c] : p.inv_std[first + c];
-    return finite<Real>(scale / unit[c]);
+    return finite<typename Element<T>::Real>(scale_of(p, first + c) / unit[c]);
   }, table->row[kScale]);
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
             table->row[kOffset]);
   return scaled;
 }
 
-/* The scale of a channel's gradient. */
-inline double gradient_scale(const GradientParameters& p, ptrdiff_t c) {
-  return p.gamma ? p.gamma[c] * p.inv_std[c] : p.inv_std[c];
-}
-
-/* The coefficients of dz in a group, beyond those of fill_centre. */
+/* The coefficients of dz in a group. */
 template <class T>
-inline void fill_gate(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
-                      const double* unit, CoefficientTable<T>* table) {
+inline void fill_gates(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
+                       CoefficientTable<T>* table) {
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  fill_line(grid, channels, [&](ptrdiff_t c) {
-    return finite<typename Element<T>::Real>(gradient_scale(p, first + c) / unit[c]);
-  }, table->row[kGateScale]);
-  fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
-            table->row[kGateOffset]);
-}
-
-/* The coefficients of dz alone. */
-template <class T>
-inline void fill_gate_alone(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
-                            CoefficientTable<T>* table) {
-  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  double unit[max_line(sizeof(T))];
-  if (!fill_centre<T>(grid, p, first, last, unit, table))
-    fill_line(grid, last - first, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
-  fill_gate<T>(grid, p, group, unit, table);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return p.gate_low[first + c]; },
+            table->row[kGateLow]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return p.gate_high[first + c]; },
+            table->row[kGateHigh]);
 }
 
 /* The coefficients of dx in a group; whether a unit is not 1. */
@@ -184,7 +171,7 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
   const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
   const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
-  fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(gradient_scale(p, first + c)); },
+  fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(scale_of(p, first + c)); },
             table->row[kScale]);
   fill_line(grid, channels, shift_hi, table->row[kShiftHi]);
   fill_line(grid, channels, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
@@ -192,7 +179,7 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
   fill_line(grid, channels, [&](ptrdiff_t c) {
     return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
   }, table->row[kSlope]);
-  if (gated) fill_gate<T>(grid, p, group, unit, table);
+  if (gated) fill_gates(grid, p, group, table);
   return scaled;
 }
 

@@ -20,8 +20,8 @@ from arguments cimport (
 )
 from blocks cimport (
     BackwardInput, BackwardOutput, BFloat16, GradientParameters, Grid, Half, Tickets, Turns, View,
-    element, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block, gradient_block,
-    map_grid, reduce_block, sum_grid,
+    element, find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
+    gradient_block, map_grid, reduce_block, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
 
@@ -228,10 +228,31 @@ cdef inline Grid cells_of(const BackwardInput[element]& input, const Shape& shap
 
 
 cdef double* scratch_for(const Grid& grid) except NULL:
-    cdef void* scratch = PyMem_Malloc(4 * grid.blocks * grid.channels * sizeof(double))
+    """Room for the sums, (blocks, 4, C), and for the gates, (2, C)."""
+    cdef void* scratch = PyMem_Malloc((4 * grid.blocks + 2) * grid.channels * sizeof(double))
     if not scratch:
         raise MemoryError("no memory for the sums of batch_norm_backward")
     return <double*> scratch
+
+
+cdef void prepare_gates(
+    const Grid& grid,
+    const BackwardInput[element]& input,
+    double* scratch,                        # from scratch_for
+    GradientParameters* parameters,         # its gates are set
+    int num_threads,
+) noexcept nogil:
+    """Where an activation hands its gradient on, found for each channel if it is needed."""
+    cdef ptrdiff_t part, parts = 1 + grid.channels // 64, channels = grid.channels
+    cdef double* low = scratch + 4 * grid.blocks * channels
+    parameters.gate_low, parameters.gate_high = low, low + channels
+    if input.epilogue.activation == 0 or input.bits != NULL:
+        return
+    for part in prange(parts, num_threads=num_threads if parts > 1 else 1):
+        find_gates(
+            input, parameters[0], part * channels // parts, (part + 1) * channels // parts, low,
+            low + channels,
+        )
 
 
 cdef int reduce_as(
@@ -280,6 +301,7 @@ cdef GradientParameters parameters_of(
     parameters.inv_std = pointer(inv_std)
     parameters.gamma, parameters.beta = pointer(gamma), pointer(beta)
     parameters.sum_dy = parameters.sum_dy_xhat = NULL
+    parameters.gate_low = parameters.gate_high = NULL
     parameters.count = 0
     return parameters
 
@@ -334,8 +356,11 @@ cdef int gate_as(
     input.bits = bits_of(bits)
     cdef Grid grid = cells_of(input, shape)
     cdef View[element] dz_view = view_of(dz, like)
+    cdef double* scratch = scratch_for(grid)
     with nogil:
+        prepare_gates(grid, input, scratch, &parameters, num_threads)
         gate_all(grid, input, parameters, dz_view, num_threads)
+    PyMem_Free(scratch)
     return 0
 
 
@@ -377,15 +402,17 @@ cdef int fixed_as(
     input.epilogue = epilogue_of(activation)
     cdef bint summing = sums is not None
     cdef Grid grid = sums_of(input, shape) if summing else cells_of(input, shape)
-    cdef double* partial = scratch_for(grid) if summing else NULL
+    cdef double* scratch = scratch_for(grid)
+    cdef double* partial = scratch if summing else NULL
     cdef double* sum_dy = &sums[0, 0] if summing else NULL
     cdef double* sum_dy_xhat = &sums[1, 0] if summing else NULL
     cdef View[element] dx_view = view_of(dx, like)
     with nogil:
+        prepare_gates(grid, input, scratch, &parameters, num_threads)
         differentiate_fixed(
             grid, input, parameters, partial, dx_view, sum_dy, sum_dy_xhat, num_threads
         )
-    PyMem_Free(partial)
+    PyMem_Free(scratch)
     return 0
 
 
@@ -433,20 +460,18 @@ cdef int backward_with_scratch(
     parameters.gamma, parameters.beta = gamma, beta
     parameters.sum_dy, parameters.sum_dy_xhat = sums, sums + shape.channels
     parameters.count = count
-    if sums == NULL: # only dz is asked for
-        with nogil:
-            gate_all(cells, input, parameters, output.dz, num_threads)
-        return 0
     cdef double* sum_dy = sums
     cdef double* sum_dy_xhat = sums + shape.channels
     cdef double* partial = scratch_for(grid)
     with nogil:
+        prepare_gates(grid, input, partial, &parameters, num_threads)
         if output.dx.data != NULL:
             differentiate(
                 grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat, num_threads
             )
         else:
-            reduce_all(grid, input, parameters, partial, sum_dy, sum_dy_xhat, num_threads)
+            if sums != NULL:
+                reduce_all(grid, input, parameters, partial, sum_dy, sum_dy_xhat, num_threads)
             if output.dz.data != NULL:
                 gate_all(cells, input, parameters, output.dz, num_threads)
     PyMem_Free(partial)

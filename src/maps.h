@@ -18,20 +18,33 @@ namespace bncore {
 
 /* ------------------------------------------------------------------------------------- maps */
 
-template <class T, class Latent, class Activation, class Weigh> struct Normalize {
+/* A map is computed in two steps, of which only this one tells the first from the second. */
+template <class T> struct OneStep {
   typedef typename Element<T>::Vec Vec;
+  static constexpr bool kKeepsGate = false;
+  template <bool Whole> Vec finish(Vec v, ptrdiff_t, int) const { return v; }
+};
+
+template <class T, class Latent, class Activation, class Weigh, bool Residual> struct Normalize {
+  typedef typename Element<T>::Vec Vec;
+  static constexpr bool kKeepsGate = Residual;
   Latent latent;
   Activation activation;
   Weigh weigh;
+  Gate<T> gate;
+  uint8_t* bits; // of this row; null: none are kept
 
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
-    return unmasked<Whole>(weigh, activation(latent.template z<Vec, Whole>(i, k)), i, k);
+    return latent.template z<Vec, Whole>(i, k);
+  }
+  template <bool Whole> Vec finish(Vec z, ptrdiff_t i, int k) const {
+    return weigh.template unmasked<Whole>(activation(z), i, k);
   }
 };
 
-/* Source gives dz, see activations.h. With weights the shift and the slope count w times. */
+/* Source gives dz, see gates.h. With weights the shift and the slope count w times. */
 template <class T, template <class> class Coefficient, bool Scaled, class Source, class Weigh>
-struct Gradient {
+struct Gradient : OneStep<T> {
   typedef typename Element<T>::Vec Vec;
   Source source;
   const T* x;
@@ -42,30 +55,28 @@ struct Gradient {
     Vec v = load_as<Vec, Whole>(x + i, k);
     if (Scaled) v *= unit.at(i);
     const Vec d = (v - mean_hi.at(i)) - mean_lo.at(i), dz = source.template dz<Vec, Whole>(i, k);
-    if constexpr (Weigh::kAny) {
-      const Vec w = weigh.template at<Vec, Whole>(i, k);
-      const Vec g = (dz - w * shift_hi.at(i)) - w * shift_lo.at(i);
-      return w < Vec{} ? Vec{} : fma(-d * w, slope.at(i), g) * scale.at(i);
-    } else {
-      const Vec g = (dz - shift_hi.at(i)) - shift_lo.at(i);
-      return fma(-d, slope.at(i), g) * scale.at(i);
-    }
+    const Vec hi = weigh.template times<Whole>(shift_hi.at(i), i, k);
+    const Vec lo = weigh.template times<Whole>(shift_lo.at(i), i, k);
+    const Vec wd = weigh.template times<Whole>(d, i, k);
+    const Vec dx = fma(-wd, slope.at(i), (dz - hi) - lo) * scale.at(i);
+    return weigh.template unmasked<Whole>(dx, i, k);
   }
 };
 
 /* dz itself. */
-template <class T, class Source, class Weigh> struct JustGate {
+template <class T, class Source, class Weigh> struct JustGate : OneStep<T> {
   typedef typename Element<T>::Vec Vec;
   Source source;
   Weigh weigh;
 
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
-    return unmasked<Whole>(weigh, source.template dz<Vec, Whole>(i, k), i, k);
+    return weigh.template unmasked<Whole>(source.template dz<Vec, Whole>(i, k), i, k);
   }
 };
 
 /* The statistics are constants: dx = scale dz. */
-template <class T, template <class> class Coefficient, class Source> struct FixedGradient {
+template <class T, template <class> class Coefficient, class Source>
+struct FixedGradient : OneStep<T> {
   typedef typename Element<T>::Vec Vec;
   Source source;
   Coefficient<T> scale;
@@ -90,6 +101,25 @@ template <bool Stream, class T> inline int head_of(const T* out, ptrdiff_t n) {
   return past && n >= (Stream ? 1 : 2) * lanes ? lanes - past / static_cast<int>(sizeof(T)) : 0;
 }
 
+/* Keep the gates of Vectors vectors of a row from element i on, k elements of the last one. */
+template <int Vectors, class T, class Map, class Vec>
+BNCORE_INLINE void keep_gates(const Map& map, const Vec (&z)[Vectors], ptrdiff_t i, int k) {
+  constexpr int lanes = Element<T>::kLanes, together = 32 / lanes < Vectors ? 32 / lanes : Vectors;
+  if constexpr (Map::kKeepsGate) {
+    if (!map.bits) return;
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; j += together) {
+      uint64_t passed = 0;
+#pragma GCC unroll 4
+      for (int v = 0; v < together; ++v)
+        passed |= static_cast<uint64_t>(bits_of_lanes(map.gate.passes(z[j + v]))) << v * lanes;
+      const int count = (together - 1) * lanes + k;
+      if (k < lanes) passed &= (uint64_t(1) << count) - 1;
+      keep_bits(map.bits, i + j * lanes, passed, count);
+    }
+  }
+}
+
 /* Unroll vectors of each of the maps from i on, into aligned memory. Several rows at a time share
  * the loads of coefficients per place. */
 template <bool Stream, int Rows, int Unroll, class T, class Map>
@@ -102,20 +132,26 @@ BNCORE_INLINE void write_vectors(const Map (&maps)[Rows], T* const (&out)[Rows],
     for (int j = 0; j < Unroll; ++j)
       v[r][j] = maps[r].template at<true>(i + j * E::kLanes, E::kLanes);
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r)
+  for (int r = 0; r < Rows; ++r) {
+    keep_gates<Unroll, T>(maps[r], v[r], i, E::kLanes);
 #pragma GCC unroll 4
     for (int j = 0; j < Unroll; ++j) {
-      T* to = out[r] + i + j * E::kLanes;
-      if (Stream) E::stream(to, v[r][j]);
-      else E::store(to, v[r][j]);
+      const ptrdiff_t at = i + j * E::kLanes;
+      const typename E::Vec y = maps[r].template finish<true>(v[r][j], at, E::kLanes);
+      if (Stream) E::stream(out[r] + at, y);
+      else E::store(out[r] + at, y);
     }
+  }
 }
 
 /* Less than a vector, or unaligned. */
 template <int Rows, class T, class Map>
 BNCORE_INLINE void write_part(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i, int k) {
-  for (int r = 0; r < Rows; ++r)
-    Element<T>::store_part(out[r] + i, maps[r].template at<false>(i, k), k);
+  for (int r = 0; r < Rows; ++r) {
+    const typename Element<T>::Vec v[1] = {maps[r].template at<false>(i, k)};
+    keep_gates<1, T>(maps[r], v, i, k);
+    Element<T>::store_part(out[r] + i, maps[r].template finish<false>(v[0], i, k), k);
+  }
 }
 
 template <class T> inline bool begins_line(const T* p) {

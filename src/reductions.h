@@ -58,18 +58,14 @@ template <class T> struct PlainGradient {
   }
 };
 
-/* z is computed again, Residual: with what was added to it. */
-template <class T, bool Residual> struct GatedGradient {
-  View<const T> dy, x, residual;
+template <class T> struct IntervalGradient {
+  View<const T> dy, x;
   Gate<T> gate;
 
   Strides strides() const { return {dy.n_stride, x.n_stride, 0}; }
   template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return GatedSource<T, Pick::template Coefficient, Residual>{
-        dy.at(n, c) + s,
-        {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi), pick(kMeanLo),
-         pick(kGateScale), pick(kGateOffset), pick(kUnit)},
-        gate};
+    return IntervalSource<T, Pick::template Coefficient>{
+        dy.at(n, c) + s, x.at(n, c) + s, pick(kGateLow), pick(kGateHigh), gate};
   }
 };
 
@@ -84,9 +80,22 @@ template <class T> struct BitGradient {
   }
 };
 
-/* Whether dz needs the coefficients of z. */
-template <class From> constexpr bool kComputesZ = false;
-template <class T, bool Residual> constexpr bool kComputesZ<GatedGradient<T, Residual>> = true;
+/* z is computed again with what was added to it; for dz alone. */
+template <class T> struct LatentGradient {
+  View<const T> dy, x, residual;
+  Gate<T> gate;
+
+  template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    typedef Latent<T, Pick::template Coefficient, true, true> Z;
+    const Z z = {x.at(n, c) + s,  residual.at(n, c) + s, pick(kMeanHi), pick(kMeanLo),
+                 pick(kScale), pick(kOffset), pick(kUnit)};
+    return LatentSource<T, Z>{dy.at(n, c) + s, z, gate};
+  }
+};
+
+/* Whether dz needs the table's gates. */
+template <class From> constexpr bool kHasInterval = false;
+template <class T> constexpr bool kHasInterval<IntervalGradient<T>> = true;
 
 /* Terms of a backward pass: dz and dz (x - mean). The table is that of a group from channel
  * `begin` on. */
@@ -230,7 +239,7 @@ inline double pilot(const Grid& grid, View<const T> x, const Weights& weights, p
   const ptrdiff_t n = weights.first_used / grid.inner, s = weights.first_used % grid.inner;
   const double start = Element<T>::wide(x.at(n, channel)[s]);
   const ptrdiff_t count = grid.outer * grid.inner;
-  if (sizeof(T) < sizeof(double) || count < 8 || weights.data) return start;
+  if (sizeof(T) < sizeof(double) || count < 8 || weights.any()) return start;
   double moved = 0;
   for (ptrdiff_t i = 1; i < 8; ++i) {
     const ptrdiff_t at = count / 8 * i;

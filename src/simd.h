@@ -95,6 +95,46 @@ BNCORE_INLINE HalfFloats fma(HalfFloats a, HalfFloats b, HalfFloats c) {
 #endif
 }
 
+/* The same of one element. */
+template <class Real> BNCORE_INLINE std::enable_if_t<std::is_floating_point_v<Real>, Real> fma(
+    Real a, Real b, Real c) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(Real) == 8) return __builtin_fma(a, b, c);
+  else return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+/* The greater and the lesser of two in each lane; where one is NaN it is v. */
+template <class V> BNCORE_INLINE V most(V limit, V v) {
+#if defined(__AVX512VL__)
+  if constexpr (std::is_same_v<V, Floats>) return (V)_mm512_max_ps((__m512)limit, (__m512)v);
+  if constexpr (std::is_same_v<V, Wide>) return (V)_mm512_max_pd((__m512d)limit, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, Floats>) return (V)_mm256_max_ps((__m256)limit, (__m256)v);
+  if constexpr (std::is_same_v<V, Wide>) return (V)_mm256_max_pd((__m256d)limit, (__m256d)v);
+#elif defined(BNCORE_X86)
+  if constexpr (std::is_same_v<V, Floats>) return (V)_mm_max_ps((__m128)limit, (__m128)v);
+  if constexpr (std::is_same_v<V, Wide>) return (V)_mm_max_pd((__m128d)limit, (__m128d)v);
+#endif
+  return limit > v ? limit : v;
+}
+
+template <class V> BNCORE_INLINE V least(V limit, V v) {
+#if defined(__AVX512VL__)
+  if constexpr (std::is_same_v<V, Floats>) return (V)_mm512_min_ps((__m512)limit, (__m512)v);
+  if constexpr (std::is_same_v<V, Wide>) return (V)_mm512_min_pd((__m512d)limit, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, Floats>) return (V)_mm256_min_ps((__m256)limit, (__m256)v);
+  if constexpr (std::is_same_v<V, Wide>) return (V)_mm256_min_pd((__m256d)limit, (__m256d)v);
+#elif defined(BNCORE_X86)
+  if constexpr (std::is_same_v<V, Floats>) return (V)_mm_min_ps((__m128)limit, (__m128)v);
+  if constexpr (std::is_same_v<V, Wide>) return (V)_mm_min_pd((__m128d)limit, (__m128d)v);
+#endif
+  return limit < v ? limit : v;
+}
+
 /* gcc 12 splits __builtin_convertvector into halves, hence the intrinsics. */
 inline Wide to_wide(HalfFloats v) {
 #if defined(__AVX512VL__)
@@ -305,6 +345,33 @@ inline Bits16 narrow(Floats v, Half) {
 #endif
 }
 
+/* kWide elements at p. */
+inline HalfFloats widen_narrow(const BFloat16* p) {
+#if defined(__AVX512VL__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (HalfFloats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (HalfFloats)_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16);
+#else
+  Bits16 bits = {};
+  std::memcpy(&bits, p, kWide * sizeof(*p));
+  return low_half(widen(bits, BFloat16()));
+#endif
+}
+
+inline HalfFloats widen_narrow(const Half* p) {
+#if defined(__AVX512VL__)
+  return (HalfFloats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (HalfFloats)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  Bits16 bits = {};
+  std::memcpy(&bits, p, kWide * sizeof(*p));
+  return low_half(widen(bits, Half()));
+#endif
+}
+
 template <class T> struct SixteenBit {
   typedef float Real;
   typedef Floats Vec;
@@ -332,11 +399,7 @@ template <class T> struct SixteenBit {
     Bits16 bits = bncore::narrow(v, T());
     std::memcpy(p, &bits, k * sizeof(T));
   }
-  static Narrow load_narrow(const T* p) {
-    Bits16 bits = {};
-    std::memcpy(&bits, p, kWide * sizeof(T));
-    return low_half(widen(bits, T()));
-  }
+  static Narrow load_narrow(const T* p) { return widen_narrow(p); }
   static Wide load_wide(const T* p) { return to_wide(load_narrow(p)); }
   static double wide(T v) {
     Bits16 bits = {};
@@ -406,14 +469,48 @@ inline V load_doubles(const double* p, int k) {
   }
 }
 
+/* Comparisons give vectors of integers, -1 where true: those of V from bytes that are -1 or 0. */
+template <class V> inline auto widen_lanes(const int8_t* p) {
+  typedef decltype(V{} < V{}) Lanes;
+  constexpr size_t count = sizeof(V) / sizeof(V{}[0]);
+  constexpr bool is_double = sizeof(V{}[0]) == 8;
+#if defined(BNCORE_X86) && defined(__SSE4_1__)
+  if constexpr (sizeof(V) >= 16) {
+    __m128i bytes = {};
+    std::memcpy(&bytes, p, count);
+#if defined(__AVX512VL__)
+    if constexpr (sizeof(V) == 64)
+      return is_double ? (Lanes)_mm512_cvtepi8_epi64(bytes) : (Lanes)_mm512_cvtepi8_epi32(bytes);
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32)
+      return is_double ? (Lanes)_mm256_cvtepi8_epi64(bytes) : (Lanes)_mm256_cvtepi8_epi32(bytes);
+#endif
+    if constexpr (sizeof(V) == 16)
+      return is_double ? (Lanes)_mm_cvtepi8_epi64(bytes) : (Lanes)_mm_cvtepi8_epi32(bytes);
+  }
+#endif
+  Lanes lanes;
+  for (size_t lane = 0; lane < count; ++lane) lanes[lane] = p[lane];
+  return lanes;
+}
+
+/* The first k of them where not Whole, then 0. */
+template <class V, bool Whole> inline auto load_lanes(const int8_t* p, int k) {
+  if constexpr (Whole) return widen_lanes<V>(p);
+  int8_t some[sizeof(V) / sizeof(V{}[0])] = {};
+  std::memcpy(some, p, k);
+  return widen_lanes<V>(some);
+}
+
 /* The same in the type of the maps. */
 template <bool Whole, class T>
 inline typename Element<T>::Narrow load_narrow(const T* p, int k) {
   return Whole ? Element<T>::load_narrow(p) : low_half(Element<T>::load_part(p, k));
 }
 
-/* Comparisons give vectors of integers, -1 where true: as bits, lane 0 the lowest, and from bits
- * that begin `i` bits after p. Up to 3 bytes more than needed are read. */
+/* Results of comparisons as bits, lane 0 the lowest, and from bits that begin `i` bits after p. Up
+ * to 3 bytes more than needed are read. */
 template <class Lanes> inline uint32_t bits_of_lanes(Lanes v) {
   constexpr bool is_double = sizeof(v[0]) == 8;
 #if defined(__AVX512VL__) && defined(__AVX512DQ__)

@@ -10,7 +10,7 @@
 #ifndef BNCORE_SUMS_H
 #define BNCORE_SUMS_H
 
-#include "activations.h"
+#include "gates.h"
 #include "weights.h"
 
 namespace bncore {
@@ -39,23 +39,6 @@ struct Accumulator {
   }
 };
 
-/* A term of the first sum, and what makes it one of the second. */
-struct Product {
-  Wide first, factor;
-};
-
-/* w d and d, or 0 and 0 where w is not above 0. */
-template <bool Whole, class Weigh>
-BNCORE_INLINE Product weighted(const Weigh& weigh, Wide d, ptrdiff_t i, int k) {
-  if constexpr (Weigh::kAny) {
-    const Wide w = weigh.template at<Wide, Whole>(i, k);
-    const Wide counted = w > Wide{} ? d : Wide{};
-    return {w * counted, counted};
-  } else {
-    return {d, d};
-  }
-}
-
 /* What a row adds to the sums: term pairs of the elements at i, or of the k that are left. Scaled:
  * x is first multiplied by a power of two, and shift is that of the products. */
 template <class T, bool Scaled, class Weigh> struct Deviations {
@@ -68,16 +51,17 @@ template <class T, bool Scaled, class Weigh> struct Deviations {
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
     Wide d = centred(load_wide<Whole>(x + i, k));
     if (!Whole) d = keep_first(d, k);
-    const Product p = weighted<Whole>(weigh, d, i, k);
-    *first += p.first;
-    *second = fma(p.first, p.factor, *second);
+    d = weigh.template counted<Whole>(d, i, k);
+    const Wide wd = weigh.template times<Whole>(d, i, k);
+    *first += wd;
+    *second = fma(wd, d, *second);
   }
 };
 
 /* Whether the rounding error of a float64 mean matters beside that of the data. */
 template <class T> constexpr bool kNeedsLow = sizeof(T) == sizeof(double);
 
-/* Source gives dz, see activations.h; the weights tell what is masked. */
+/* Source gives dz, see gates.h; the weights tell what is masked. */
 template <class T, class Source, class Weigh> struct GradientTerms {
   typedef typename Element<T>::Narrow Narrow;
   Source source;
@@ -94,8 +78,8 @@ template <class T, class Source, class Weigh> struct GradientTerms {
     Wide g = to_wide(source.template dz<Narrow, Whole>(i, k));
     Wide d = centred(load_wide<Whole>(x + i, k));
     if (!Whole) d = keep_first(d, k);
-    g = unmasked<Whole>(weigh, g, i, k);
-    d = unmasked<Whole>(weigh, d, i, k);
+    g = weigh.template unmasked<Whole>(g, i, k);
+    d = weigh.template unmasked<Whole>(d, i, k);
     *first += g;
     *second = fma(g, d, *second);
   }
@@ -140,6 +124,11 @@ inline void add_row(const Terms& terms, ptrdiff_t n, ptrdiff_t ahead, Accumulato
 
 /* -------------------------------------------------------------------------------- columns */
 
+/* A term of the first sum, and what makes it one of the second. */
+struct Product {
+  Wide first, factor;
+};
+
 template <ptrdiff_t Width, class T> BNCORE_INLINE void prefetch_places(const T* p) {
   constexpr ptrdiff_t line = 64 / sizeof(T);
 #pragma GCC unroll 4
@@ -161,7 +150,9 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide v = load_wide<Whole>(x + row * x_stride + c, k);
     if (Scaled) v *= load_unaligned<Wide>(unit + c);
-    return weighted<Whole>(weigh.row(row), v - load_unaligned<Wide>(shift + c), c, k);
+    const Weigh its = weigh.row(row);
+    const Wide d = its.template counted<Whole>(v - load_unaligned<Wide>(shift + c), c, k);
+    return {its.template times<Whole>(d, c, k), d};
   }
 };
 
@@ -184,7 +175,7 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
     if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
     const Wide g = to_wide(source.row(row, strides).template dz<Narrow, Whole>(c, k));
     const Weigh its = weigh.row(row);
-    return {unmasked<Whole>(its, g, c, k), unmasked<Whole>(its, d, c, k)};
+    return {its.template unmasked<Whole>(g, c, k), its.template unmasked<Whole>(d, c, k)};
   }
 };
 

@@ -60,14 +60,18 @@ def test_inference_is_torchs(backend, shape, axis, layout, activation, has_resid
     fixed = mean, var, gamma, beta
     y = bncore.batch_norm_inference(x, *fixed, residual=residual, **keywords)
     np.testing.assert_allclose(y, expected.y, rtol=1e-10, atol=1e-12)
-    if not has_residual:
-        g = bncore.batch_norm_inference_backward(dy, x, *fixed, **keywords)
-        for name in ("dx", "dgamma", "dbeta"):
-            np.testing.assert_allclose(getattr(g, name), getattr(expected, name), rtol=1e-10)
+    g = bncore.batch_norm_inference_backward(dy, x, *fixed, residual=residual, **keywords)
+    for name in ("dx", "dgamma", "dbeta") + ("dresidual",) * has_residual:
+        np.testing.assert_allclose(getattr(g, name), getattr(expected, name), rtol=1e-10)
+    assert (g.dresidual is not None) == has_residual
 
 
 @pytest.mark.parametrize("layout", ["C", "channels_last"])
-@pytest.mark.parametrize("shape", [(40, 9), (20, 9, 7, 7), (2, 3, 40, 40)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(40, 9), (20, 9, 7, 7), (2, 3, 40, 40), (300, 24), (70, 200), (20, 24, 8, 8), (2, 3, 9001)],
+    ids=str,
+)
 def test_float32_is_exact_but_for_rounding(backend, shape, layout, activation, has_residual):
     x, dy, gamma, beta, residual = arguments(shape, 1, np.float32, has_residual, layout)
     keywords = {"activation": activation, "residual": residual}
@@ -118,6 +122,19 @@ def test_in_place_gives_the_same_bits(backend, layout, activation, has_residual)
         bncore.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, **keywords, out=out)
         assert bits(out) == bits(fixed)
         out[...] = kept
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_residual_may_be_overwritten(backend, dtype, layout, activation, has_residual):
+    """A bit for each element is all the backward pass needs of it."""
+    x, dy, gamma, beta, residual = arguments((20, 13, 5, 5), 1, dtype, True, layout)
+    keywords = {"activation": activation, "residual": residual}
+    _, saved = bncore.batch_norm(x, gamma, beta, **keywords)
+    before = bits(*bncore.batch_norm_backward(dy, saved))
+    y, saved = bncore.batch_norm(x, gamma, beta, **keywords, out=residual if has_residual else None)
+    residual[...] = np.nan
+    assert bits(*bncore.batch_norm_backward(dy, saved)) == before
 
 
 def test_nan_is_not_hidden(backend, activation, has_residual):

@@ -27,7 +27,7 @@ def arguments():
 FUNCTIONS = {
     "batch_norm": "x gamma beta axis eps activation residual mask sample_weight out",
     "batch_norm_inference": "x mean var gamma beta axis eps activation residual out",
-    "batch_norm_inference_backward": "dy x mean var gamma beta axis eps activation out",
+    "batch_norm_inference_backward": "dy x mean var gamma beta axis eps activation residual out",
     "moments": "x axis mask sample_weight",
     "backward_reduce": "dy x mean inv_std axis",
     "backward_apply": "dy x mean inv_std gamma sum_dy sum_dy_xhat count axis out",
@@ -223,14 +223,23 @@ class TestBackward:
         with pytest.raises(TypeError, match="saved must come from batch_norm, got "):
             bncore.batch_norm_backward(arguments().dy, value)
 
-    def test_residual_that_was_overwritten(self, backend):
-        a = arguments()
-        keywords = {"residual": a.residual, "activation": "relu", "out": a.residual}
-        _, saved = bncore.batch_norm(a.x, a.gamma, a.beta, **keywords)
-        before = bits(a.x, a.out)
-        with pytest.raises(ValueError, match=r"overwrote it \(out=residual\)"):
-            bncore.batch_norm_backward(a.dy, saved, out=a.out)
-        assert bits(a.x, a.out) == before
+    @pytest.mark.parametrize(
+        ("wrt", "error", "message"),
+        [
+            ("y", ValueError, "wrt must be of 'x', 'gamma', 'beta', 'residual', got 'y'"),
+            (("x", "mean"), ValueError, "wrt must be of .*, got "),
+            ((), ValueError, "wrt must be of "),
+            ((1,), ValueError, "wrt must be of "),
+            (1, TypeError, "wrt must be a name or several, got 1"),
+            ("gamma", ValueError, "out takes dx, which wrt does not ask for, got wrt='gamma'"),
+        ],
+    )
+    def test_wrt(self, backend, wrt, error, message):
+        a, saved = self.saved()
+        before = bits(a.x, a.dy, a.out)
+        with pytest.raises(error, match="^" + message):
+            bncore.batch_norm_backward(a.dy, saved, wrt=wrt, out=a.out)
+        assert bits(a.x, a.dy, a.out) == before
 
 
 class TestLayer:

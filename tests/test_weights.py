@@ -95,8 +95,15 @@ def test_weights_are_those_of_the_formula(backend, shape, axis, weight_shape, la
     np.testing.assert_allclose(saved.count, full(weight, x, axis).sum(), rtol=1e-14)
 
 
+WAYS = [
+    (64, 7), (6, 9, 40), (20, 9, 7, 7), (2, 3, 60, 60), (700, 24), (300, 600), (2, 3, 9001),
+    (33, 130, 40), (40, 3, 1),
+]  # fmt: skip
+"""Shapes that the kernels treat in different ways: rows, lines, segments, large and small."""
+
+
 @pytest.mark.parametrize("layout", ["C", "channels_last"])
-@pytest.mark.parametrize("shape", [(64, 7), (6, 9, 40), (20, 9, 7, 7), (2, 3, 60, 60)], ids=str)
+@pytest.mark.parametrize("shape", WAYS, ids=str)
 def test_weighted_float32_is_exact_but_for_rounding(backend, shape, layout):
     x, dy, gamma, beta = arguments(shape, 1, np.float32, layout)
     weight = some_weights((shape[0], 1, *shape[2:])).astype(np.float32)
@@ -203,3 +210,60 @@ def test_in_place_gives_the_same_bits(backend, layout):
     assert over_dy.dx is dy and bits(*over_dy) == bits(*g)
     assert bncore.batch_norm(x, gamma, beta, **keywords, out=x)[0] is x
     assert bits(x) == bits(y)
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize("shape", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_every_way_through_the_kernels(backend, shape, layout, dtype):
+    """With a mask, weights, a residual and an activation, NaN where masked."""
+    x, dy, gamma, beta = arguments(shape, 1, dtype, layout)
+    positions = (shape[0], 1, *shape[2:])
+    mask, weight, residual = some_mask(positions), some_weights(positions), normal(5, shape, dtype)
+    keywords = {"activation": ("leaky_relu", 0.1), "residual": residual}
+    where = np.broadcast_to(mask, shape)
+    exact = torch_oracle.batch_norm(
+        x, np.where(where, dy, 0), gamma, beta, weight=np.where(mask, weight, 0), **keywords
+    )
+    for array in (x, dy, residual):
+        array[~where] = np.nan
+    y, saved = bncore.batch_norm(x, gamma, beta, mask=mask, sample_weight=weight, **keywords)
+    g = bncore.batch_norm_backward(dy, saved)
+    near = {np.float16: 1e-3, np.float32: 2e-6, np.float64: 1e-12}[dtype]
+    for name, actual in (("y", y), ("dx", g.dx), ("dresidual", g.dresidual)):
+        right = np.where(where, getattr(exact, name), 0)
+        # Where z is near 0 rounding may take the gradient to the other side.
+        gated = np.abs(exact.y) < 20 * near if name != "y" else np.zeros(shape, bool)
+        np.testing.assert_allclose(
+            np.where(gated, 0, actual.astype(float)), np.where(gated, 0, right), err_msg=name,
+            rtol=near, atol=near * abs(right).max(),
+        )  # fmt: skip
+        assert (actual[~where] == 0).all()
+
+
+@pytest.mark.parametrize("shape", WAYS, ids=str)
+def test_the_number_of_threads_changes_no_bit(backend, shape):
+    x, dy, gamma, beta = arguments(shape, 1, np.float32)
+    weight = some_weights((shape[0], 1, *shape[2:]))
+    results = []
+    for number in (1, 2):
+        bncore.set_num_threads(number)
+        y, saved = bncore.batch_norm(
+            x, gamma, beta, sample_weight=weight, residual=dy, activation="relu"
+        )
+        results.append(bits(y, saved.stats, *bncore.batch_norm_backward(dy, saved)))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("weight", [2.0**-300, 2.0**300])
+@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
+def test_extreme_weights_are_weights(backend, weight, scale):
+    x, dy, gamma, beta = arguments((50, 3), 1)
+    plain, equal = bncore.batch_norm(x, gamma, beta)
+    y, saved = bncore.batch_norm(
+        x * scale, gamma, beta, eps=1e-5 * scale**2, sample_weight=np.full((50, 1), weight)
+    )
+    np.testing.assert_allclose(y, plain, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(saved.count, 50 * weight)
+    m = bncore.moments(x, sample_weight=np.full((50, 1), weight))
+    np.testing.assert_allclose(m.m2 / m.count, equal.var, rtol=1e-13)

@@ -1,0 +1,195 @@
+/* Gates: where an activation hands its gradient on, so that
+ *
+ *   dz = dy             where z is between low and high
+ *        dy * outside   elsewhere, or 0 whatever dy is
+ *
+ * z is not kept for it. Without a residual z is monotone in x, rounding included, so that the gate
+ * is an interval of x, found once for each channel: exact, and two comparisons for an element. With
+ * a residual the forward pass keeps a bit for each element.
+ */
+#ifndef BNCORE_GATES_H
+#define BNCORE_GATES_H
+
+#include <limits>
+
+#include "activations.h"
+
+namespace bncore {
+
+template <class T> struct Gate {
+  typename Element<T>::Real low, high, outside;
+  explicit Gate(Epilogue e)
+      : low(static_cast<decltype(low)>(e.activation == 1 ? e.a : 0)),
+        high(static_cast<decltype(high)>(e.activation == 1 ? e.b : HUGE_VAL)),
+        outside(static_cast<decltype(outside)>(e.activation == 1 ? 0 : e.a)) {}
+
+  /* Written so that a NaN passes. */
+  template <class V> static auto between(V z, V low, V high) { return ~((z <= low) | (z >= high)); }
+  template <class V> auto passes(V z) const { return between(z, low - V{}, high - V{}); }
+  template <class Lanes, class V> V apply(Lanes passed, V dy) const {
+    const V otherwise = outside == 0 ? V{} : dy * outside;
+    return passed ? dy : otherwise;
+  }
+};
+
+/* ------------------------------------------------------------------------------- where dz is */
+
+/* Elements from one row to the next; of bits the bytes. */
+struct Strides {
+  ptrdiff_t dy, x, bits;
+};
+
+/* dz = dy, where there is no activation. */
+template <class T> struct PlainSource {
+  const T* dy;
+
+  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+    return load_as<V, Whole>(dy + i, k);
+  }
+  PlainSource row(ptrdiff_t r, Strides strides) const { return {dy + r * strides.dy}; }
+};
+
+/* The gate is an interval of x. */
+template <class T, template <class> class Coefficient> struct IntervalSource {
+  const T* dy;
+  const T* x;
+  Coefficient<T> low, high;
+  Gate<T> gate;
+
+  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+    const V v = load_as<V, Whole>(x + i, k);
+    const auto passed = gate.between(v, low.template as<V>(i), high.template as<V>(i));
+    return gate.apply(passed, load_as<V, Whole>(dy + i, k));
+  }
+  IntervalSource row(ptrdiff_t r, Strides strides) const {
+    return {dy + r * strides.dy, x + r * strides.x, low, high, gate};
+  }
+};
+
+/* The gate was kept as a bit for each element. */
+template <class T> struct BitSource {
+  const T* dy;
+  const uint8_t* bits;
+  Gate<T> gate;
+
+  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+    return gate.apply(lanes_of_bits<V>(bits, i), load_as<V, Whole>(dy + i, k));
+  }
+  BitSource row(ptrdiff_t r, Strides strides) const {
+    return {dy + r * strides.dy, bits + r * strides.bits, gate};
+  }
+};
+
+/* z is computed again. */
+template <class T, class Latent> struct LatentSource {
+  const T* dy;
+  Latent latent;
+  Gate<T> gate;
+
+  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+    return gate.apply(gate.passes(latent.template z<V, Whole>(i, k)), load_as<V, Whole>(dy + i, k));
+  }
+};
+
+/* Keep `count` bits, at most 64 - 7, from bit i of p on; those before it are there already, and
+ * the last byte begun is filled up with 0. */
+BNCORE_INLINE void keep_bits(uint8_t* p, ptrdiff_t i, uint64_t bits, int count) {
+  uint8_t* const byte = p + i / 8;
+  const int before = static_cast<int>(i % 8), whole = (before + count) / 8;
+  uint64_t word = bits << before;
+  if (before) word |= *byte & ((1u << before) - 1);
+  std::memcpy(byte, &word, whole);
+  if ((before + count) % 8) byte[whole] = static_cast<uint8_t>(word >> 8 * whole);
+}
+
+/* ------------------------------------------------------------------------ intervals of x */
+
+/* z of one channel as the maps compute it. */
+template <class Real> struct Ramp {
+  Real mean_hi, mean_lo, scale, offset, unit;
+
+  Real operator()(Real x) const {
+    return fma((x * unit - mean_hi) - mean_lo, scale, offset);
+  }
+};
+
+/* Floating-point numbers in their order, as integers. */
+template <class Real> struct Ordinal {
+  typedef std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t> Int;
+  static constexpr Int kSign = Int(1) << (8 * sizeof(Int) - 1);
+
+  static Int of(Real x) {
+    Int bits;
+    std::memcpy(&bits, &x, sizeof(x));
+    return bits & kSign ? ~bits : bits | kSign;
+  }
+  static Real at(Int ordinal) {
+    const Int bits = ordinal & kSign ? ordinal ^ kSign : ~ordinal;
+    Real x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+  }
+};
+
+/* The greatest finite x for which `holds`, which holds up to some number and not beyond: infinity
+ * where it always does, NaN where it never does. Searched from a guess on, in growing steps. */
+template <class Real, class Holds> inline Real greatest(Real guess, const Holds& holds) {
+  typedef Ordinal<Real> O;
+  typedef typename O::Int Int;
+  constexpr Real most = std::numeric_limits<Real>::max();
+  const Int first = O::of(-most), last = O::of(most);
+  const auto grown = [](Int step) { return step & O::kSign ? step : 2 * step; };
+  Int yes = guess - guess == 0 ? O::of(guess) : O::kSign, no = yes;
+  if (holds(O::at(yes))) {
+    for (Int step = 1;; step = grown(step)) {
+      if (yes == last) return std::numeric_limits<Real>::infinity();
+      no = step < last - yes ? yes + step : last;
+      if (!holds(O::at(no))) break;
+      yes = no;
+    }
+  } else {
+    for (Int step = 1;; step = grown(step)) {
+      if (no == first) return std::numeric_limits<Real>::quiet_NaN();
+      yes = step < no - first ? no - step : first;
+      if (holds(O::at(yes))) break;
+      no = yes;
+    }
+  }
+  while (no - yes > 1) {
+    const Int middle = yes + (no - yes) / 2;
+    (holds(O::at(middle)) ? yes : no) = middle;
+  }
+  return O::at(yes);
+}
+
+/* The number after x, for what `greatest` gives: infinity and NaN change places with their
+ * meaning, as nothing is beyond all numbers and everything beyond none. */
+template <class Real> inline Real beyond(Real x) {
+  if (x != x) return -std::numeric_limits<Real>::infinity();
+  if (x > std::numeric_limits<Real>::max()) return std::numeric_limits<Real>::quiet_NaN();
+  return Ordinal<Real>::at(Ordinal<Real>::of(x) + 1);
+}
+
+/* The interval of x for which a channel's z passes the gate; a limit that is NaN bounds nothing. */
+template <class T, class Real = typename Element<T>::Real>
+inline void gate_interval(const Gate<T>& gate, const Ramp<Real>& z, Real* low, Real* high) {
+  constexpr Real nan = std::numeric_limits<Real>::quiet_NaN();
+  const auto guess = [&](Real level) {
+    return ((level - z.offset) / z.scale + (z.mean_hi + z.mean_lo)) / z.unit;
+  };
+  const auto under = [&](Real x) { return z(x) <= gate.low; };
+  const auto over = [&](Real x) { return z(x) >= gate.high; };
+  const bool falls = z.scale < 0, unbounded = gate.high > std::numeric_limits<Real>::max();
+  const Real from_low = guess(gate.low), from_high = guess(gate.high);
+  if (!falls) {
+    *low = greatest(from_low, under);
+    *high = unbounded ? nan : beyond(greatest(from_high, [&](Real x) { return !over(x); }));
+  } else {
+    *low = unbounded ? nan : greatest(from_high, over);
+    *high = beyond(greatest(from_low, [&](Real x) { return !under(x); }));
+  }
+}
+
+} // namespace bncore
+
+#endif
