@@ -138,8 +138,7 @@ class Extras(NamedTuple):
     had_residual : bool
     bits : ndarray of uint8 or None
         Where there was a residual and an activation: a bit for each element, whether the
-        activation hands its gradient on. Without a residual the activation's input is computed
-        again from x.
+        activation hands its gradient on. Without a residual x tells.
     weights : Weights or None
     """
 

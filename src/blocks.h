@@ -277,7 +277,8 @@ template <class T> struct BackwardInput {
     const auto its_bits = GateBits<const uint8_t>::of(grid, bits);
     if (epilogue.activation == 0) visit_from(PlainGradient<T>{dy});
     else if (bits) visit_from(BitGradient<T>{dy, its_bits, gate});
-    else visit_from(IntervalGradient<T>{dy, x, gate});
+    else if (gate.outside == 0) visit_from(IntervalGradient<T, false>{dy, x, gate});
+    else visit_from(IntervalGradient<T, true>{dy, x, gate});
   }
 };
 

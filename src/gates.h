@@ -23,12 +23,12 @@ template <class T> struct Gate {
         high(static_cast<decltype(high)>(e.activation == 1 ? e.b : HUGE_VAL)),
         outside(static_cast<decltype(outside)>(e.activation == 1 ? 0 : e.a)) {}
 
-  /* Written so that a NaN passes. */
-  template <class V> static auto between(V z, V low, V high) { return ~((z <= low) | (z >= high)); }
-  template <class V> auto passes(V z) const { return between(z, low - V{}, high - V{}); }
-  template <class Lanes, class V> V apply(Lanes passed, V dy) const {
+  /* Where it is closed: not for a NaN. */
+  template <class V> static auto closed(V z, V low, V high) { return (z <= low) | (z >= high); }
+  template <class V> auto closed(V z) const { return closed(z, low - V{}, high - V{}); }
+  template <class Lanes, class V> V apply(Lanes closed, V dy) const {
     const V otherwise = outside == 0 ? V{} : dy * outside;
-    return passed ? dy : otherwise;
+    return closed ? otherwise : dy;
   }
 };
 
@@ -49,24 +49,25 @@ template <class T> struct PlainSource {
   PlainSource row(ptrdiff_t r, Strides strides) const { return {dy + r * strides.dy}; }
 };
 
-/* The gate is an interval of x. */
-template <class T, template <class> class Coefficient> struct IntervalSource {
+/* The gate is an interval of x. Sloped: elsewhere dy is multiplied, else 0. */
+template <class T, template <class> class Coefficient, bool Sloped> struct IntervalSource {
   const T* dy;
   const T* x;
   Coefficient<T> low, high;
   Gate<T> gate;
 
   template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
-    const V v = load_as<V, Whole>(x + i, k);
-    const auto passed = gate.between(v, low.template as<V>(i), high.template as<V>(i));
-    return gate.apply(passed, load_as<V, Whole>(dy + i, k));
+    const V v = load_as<V, Whole>(x + i, k), g = load_as<V, Whole>(dy + i, k);
+    const auto closed = gate.closed(v, low.template as<V>(i), high.template as<V>(i));
+    if constexpr (Sloped) return gate.apply(closed, g);
+    else return closed ? V{} : g;
   }
   IntervalSource row(ptrdiff_t r, Strides strides) const {
     return {dy + r * strides.dy, x + r * strides.x, low, high, gate};
   }
 };
 
-/* The gate was kept as a bit for each element. */
+/* The gate was kept as a bit for each element, 1 where it is closed. */
 template <class T> struct BitSource {
   const T* dy;
   const uint8_t* bits;
@@ -87,7 +88,7 @@ template <class T, class Latent> struct LatentSource {
   Gate<T> gate;
 
   template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
-    return gate.apply(gate.passes(latent.template z<V, Whole>(i, k)), load_as<V, Whole>(dy + i, k));
+    return gate.apply(gate.closed(latent.template z<V, Whole>(i, k)), load_as<V, Whole>(dy + i, k));
   }
 };
 

@@ -109,13 +109,13 @@ BNCORE_INLINE void keep_gates(const Map& map, const Vec (&z)[Vectors], ptrdiff_t
     if (!map.bits) return;
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; j += together) {
-      uint64_t passed = 0;
+      uint64_t closed = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < together; ++v)
-        passed |= static_cast<uint64_t>(bits_of_lanes(map.gate.passes(z[j + v]))) << v * lanes;
+        closed |= static_cast<uint64_t>(bits_of_lanes(map.gate.closed(z[j + v]))) << v * lanes;
       const int count = (together - 1) * lanes + k;
-      if (k < lanes) passed &= (uint64_t(1) << count) - 1;
-      keep_bits(map.bits, i + j * lanes, passed, count);
+      if (k < lanes) closed &= (uint64_t(1) << count) - 1;
+      keep_bits(map.bits, i + j * lanes, closed, count);
     }
   }
 }

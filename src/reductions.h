@@ -58,13 +58,13 @@ template <class T> struct PlainGradient {
   }
 };
 
-template <class T> struct IntervalGradient {
+template <class T, bool Sloped> struct IntervalGradient {
   View<const T> dy, x;
   Gate<T> gate;
 
   Strides strides() const { return {dy.n_stride, x.n_stride, 0}; }
   template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return IntervalSource<T, Pick::template Coefficient>{
+    return IntervalSource<T, Pick::template Coefficient, Sloped>{
         dy.at(n, c) + s, x.at(n, c) + s, pick(kGateLow), pick(kGateHigh), gate};
   }
 };
@@ -95,7 +95,7 @@ template <class T> struct LatentGradient {
 
 /* Whether dz needs the table's gates. */
 template <class From> constexpr bool kHasInterval = false;
-template <class T> constexpr bool kHasInterval<IntervalGradient<T>> = true;
+template <class T, bool Sloped> constexpr bool kHasInterval<IntervalGradient<T, Sloped>> = true;
 
 /* Terms of a backward pass: dz and dz (x - mean). The table is that of a group from channel
  * `begin` on. */

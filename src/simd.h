@@ -540,7 +540,7 @@ template <class V> inline auto lanes_of_bits(const uint8_t* p, ptrdiff_t i) {
   Lanes lane;
   if constexpr (sizeof(lane[0]) == 8) lane = load_unaligned<Lanes>(kBitOfWideLane);
   else lane = load_unaligned<Lanes>(kBitOfLane);
-  return ((bits - Lanes{}) & lane) != 0;
+  return ((bits - Lanes{}) & lane) == lane;
 }
 
 /* The lanes' sum, in halves: a fixed order. */
