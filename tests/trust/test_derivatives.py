@@ -13,7 +13,7 @@ import bncore
 
 pytestmark = pytest.mark.derivatives
 
-CASES = range(count(104, 400))
+CASES = range(count(304, 1000))
 STEP = mpmath.mpf(10) ** -20
 
 
