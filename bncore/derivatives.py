@@ -364,7 +364,7 @@ class _Point:
 
     def __init__(self, given):
         self.layout = _layout.layout_of(given.x, given.axes)
-        self.valid = given.valid
+        self.valid = None if given.valid is None else given.valid[:, None]
         # z is computed in the forward pass's type, so that the activation passes where it did.
         self.narrow = np.dtype(np.float64 if given.x.dtype.itemsize == 8 else np.float32)
         self.wide = self.narrow if given.weight is None else np.dtype(np.float64)
@@ -387,7 +387,7 @@ class _Point:
         """``activation'(z)`` times an array of x's shape."""
         values = self._load(array)
         if self.activation != NO_ACTIVATION:
-            values = self._gate(values, np.empty_like(values))
+            values = self._gate(values, np.empty(values.shape, values.dtype))
         return self._widened(values)
 
     def sums(self, v):
@@ -408,10 +408,9 @@ class _Point:
             )  # fmt: skip
             return sums / self.count
         counts = self.share > 0  # what stands at weight 0 has no influence on a sum, be it NaN
-        means = self._reduce(
-            np.where(counts, t * self.share, 0), np.where(counts, self.x, 0),
-            self.mean, self.mean_lo, self.inv_std,
-        )  # fmt: skip
+        used_t, used_x = _zero_unless(counts, t), _zero_unless(counts, self.x)
+        used_t *= self.share
+        means = self._reduce(used_t, used_x, self.mean, self.mean_lo, self.inv_std)
         self.apply(t, self.gamma, means, 1.0, out)
         return means
 
@@ -460,16 +459,14 @@ class _Point:
         if values is not array:
             array[...] = values
         if self.valid is not None:
-            np.copyto(array, 0, where=~self.valid[:, None], casting="unsafe")
+            np.copyto(array, 0, where=~self.valid, casting="unsafe")
         return target.finish()
 
     def _load(self, array):
         values = _layout.to_kernel(array, self.layout)
         if values.dtype != self.narrow:
             values = values.astype(self.narrow, order="C")
-        if self.valid is not None:
-            values = np.where(self.valid[:, None], values, self.narrow.type(0))
-        return values
+        return values if self.valid is None else _zero_unless(self.valid, values)
 
     def _widened(self, values):
         return values if values.dtype == self.wide else values.astype(self.wide, order="C")
@@ -511,6 +508,13 @@ def _positions(extras):
     if weight is not None and valid is None and (weight < 0).any():
         return np.maximum(weight, 0), weight >= 0
     return weight, valid
+
+
+def _zero_unless(positions, values):
+    """A copy of values (N, C, S), contiguous, with 0 where positions (N, 1, S) are False."""
+    copy = np.array(values, order="C")
+    np.copyto(copy, 0, where=~positions)
+    return copy
 
 
 def _direction(value, name, x):
