@@ -24,12 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 1800
 """Seconds for one run of the tests, after which they count as hanging."""
 
-# Neither demo nor benchmark nor documents say anything about the kernels.
-TESTS = [
-    "tests", "--ignore=tests/test_demo.py", "--ignore=tests/test_bench.py",
-    "--ignore=tests/test_readme.py", "--ignore=tests/test_examples.py",
-    "--ignore=tests/test_docs.py", "--ignore=tests/test_cli.py",
-]  # fmt: skip
+SILENT = {"demo", "bench", "readme", "examples", "docs", "stubs", "cli"}
+"""Tests of what no mutant is in."""
+
+
+def test_files(first=None):
+    """All test files that may kill a mutant, the likeliest first, then those of the promises."""
+    tests = ROOT / "tests"
+    files = [*sorted(tests.glob("test_*.py")), *sorted(tests.glob("*/test_*.py"))]
+    names = [str(f.relative_to(ROOT)) for f in files if f.stem.removeprefix("test_") not in SILENT]
+    return names if first is None else [first, *(name for name in names if name != first)]
 
 
 class Worker:
@@ -37,16 +41,17 @@ class Worker:
 
     def __init__(self, directory, tier):
         self.directory, self.tier = directory, tier
+        self.built_from_sources = True
         script = ROOT / "scripts" / "build_copy.sh"
         subprocess.run([script, directory, tier], check=True)
 
-    def run_tests(self, *arguments):
+    def run_tests(self, *arguments, first=None):
         """The exit code of pytest, None if it hangs, and what it printed."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("BNCORE_")}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no"]
         try:
             done = subprocess.run(
-                [*command, *arguments],
+                [*command, *arguments, *test_files(first)],
                 cwd=self.directory,
                 env=environment,
                 capture_output=True,
@@ -60,17 +65,17 @@ class Worker:
     def kills(self, mutant, known):
         """What killed the mutant, or None."""
         path = self.directory / mutant["file"]
+        compiled = mutant["file"].startswith("src/")
         original = path.read_text()
         path.write_text(original.replace(mutant["old"], mutant["new"]))
         try:
-            if path.parent.name == "src":
+            if compiled or not self.built_from_sources:
                 self.build()
+            self.built_from_sources = not compiled
             deselected = [f"--deselect={test}" for test in known]
-            code, printed = self.run_tests("-x", "--tb=no", *deselected)
+            code, printed = self.run_tests("-x", *deselected, first=mutant.get("first"))
         finally:
             path.write_text(original)
-            if path.parent.name == "src":
-                self.build()
         if code == 0:
             return None
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
@@ -85,12 +90,20 @@ class Worker:
 
 
 def load():
-    """The mutants, after a check that each one's text is where it should be."""
+    """The mutants, each with the one file in which its text stands."""
     mutants = tomllib.loads((ROOT / "scripts" / "mutants.toml").read_text())["mutant"]
+    stale = []
     for mutant in mutants:
-        found = (ROOT / mutant["file"]).read_text().count(mutant["old"])
-        if found != 1:
-            sys.exit(f"{mutant['name']}: its text stands {found} times in {mutant['file']}")
+        files = [path for path in ROOT.glob(mutant["files"]) if path.is_file()]
+        found = [path for path in files for _ in range(path.read_text().count(mutant["old"]))]
+        if len(found) == 1:
+            mutant["file"] = str(found[0].relative_to(ROOT))
+        else:
+            stale.append(
+                f"{mutant['name']}: its text stands {len(found)} times in {mutant['files']}"
+            )
+    if stale:
+        sys.exit("\n".join(stale))
     return mutants
 
 
@@ -127,7 +140,7 @@ def main():
     directory = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
         workers = [Worker(directory / str(i), options.tier) for i in range(options.workers)]
-        _, printed = workers[0].run_tests("--tb=no")
+        _, printed = workers[0].run_tests()
         known = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", printed, re.MULTILINE)
         for test in known:
             print(f"left out, fails without any mutant: {test}")
