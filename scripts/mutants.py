@@ -3,7 +3,8 @@
 A mutant is killed when a test fails, hangs or crashes that passes without it. Mutants that survive
 are listed and make the script fail, and so does one whose text is no longer in the sources.
 
-    python scripts/mutants.py [--tier x86-64-v3] [--workers 2] [--only PART OF NAME] [--python]
+    python scripts/mutants.py [--tier x86-64-v3] [--workers 2] [--only PART OF NAME]
+                              [--python | --kernels]
 """
 
 from __future__ import annotations
@@ -133,11 +134,13 @@ def main():
     parser.add_argument("--tier", default="x86-64-v3")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", default="", help="mutants with this in their name")
-    parser.add_argument("--python", action="store_true", help="leave the kernels' mutants out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--python", action="store_true", help="leave the kernels' mutants out")
+    which.add_argument("--kernels", action="store_true", help="leave the Python's mutants out")
     options = parser.parse_args()
     mutants = [mutant for mutant in load() if options.only in mutant["name"]]
-    if options.python:
-        mutants = [mutant for mutant in mutants if not mutant["file"].startswith("src/")]
+    if options.python or options.kernels:
+        mutants = [m for m in mutants if m["file"].startswith("src/") == options.kernels]
 
     directory = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
