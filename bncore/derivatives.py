@@ -2,7 +2,7 @@
 
 Both are sums over a channel and a map over its elements, as the gradients are, so the kernels of
 the gradients and of normalization compute them. Half precision is computed in float32 and rounded
-once, and what has weights is computed in float64, by the same kernels.
+once, and what has weights, or extreme variances, is computed in float64, by the same kernels.
 
 With s = 1 / sqrt(var + eps) and the shares p = w / sum w, the differential of x' = (x - mean) s is
 
@@ -110,7 +110,8 @@ def batch_norm_jvp(
     point = _Point(given)
     target = _Target(out, given.x, point.layout)
     room = point.room_in(target)
-    point.project(point.load(tangent), room)
+    tangent, others = point.load(tangent), point.load_directions(others)
+    point.project(tangent, room)
     return point.finish_tangent(room, others, target)
 
 
@@ -188,7 +189,8 @@ def batch_norm_inference_jvp(
         moved[0] = _parameter(tangent_mean)
     if tangent_var is not None:
         moved[1] = inv_std * _parameter(tangent_var) / 2
-    point.apply(point.load(tangent), point.gamma, moved, 1.0, room)
+    tangent, others = point.load(tangent), point.load_directions(others)
+    point.apply(tangent, point.gamma, moved, 1.0, room)
     return point.finish_tangent(room, others, target)
 
 
@@ -286,43 +288,43 @@ def batch_norm_double_backward(ddx, dy, saved, *, ddgamma=None, ddbeta=None, ddr
     others = _directions("dd", ddgamma, ddbeta, ddresidual, given)
     point = _Point(given)
     u, d = point.load(ddx), point.load_gated(dy)
+    others = point.load_directions(others)
 
     target = _Target(None, given.x, point.layout)
     room = point.room_in(target)
-    mean_u = point.project(u, room)
+    means = point.project(u, room)
     ddy = point.finish_tangent(room, others, target)
 
     target = _Target(None, given.x, point.layout)
     room = point.room_in(target)
-    k = _second_gradient(point, u, d, mean_u, _parameter(others.gamma), room)
+    k = _second_gradient(point, u, d, means, others.gamma, room)
     dgamma = _gradient_like(given.gamma)
     _fill(dgamma, point.inv_std * k)
     return DoubleGradients(ddy, point.finish(target, room), dgamma)
 
 
-def _second_gradient(point, u, d, mean_u, ddgamma, room):
-    """dx of the double backward pass, written to ``room``, and K, in that function's symbols.
+def _second_gradient(point, u, d, means, ddgamma, room):
+    """dx of `batch_norm_double_backward` into room, from ``means = A, P``; returns K.
 
     ::
 
         b  = s (ddgamma - gamma s P)
-        dx = p (-gamma s^2 Q q - (gamma s^2 K + b Q) x' - b B) + b d
+        dx = b d + p (-gamma s^2 Q q - (gamma s^2 K + b Q) x' - b B)
     """
-    a, p = mean_u
-    b_sum, q_sum = point.sums(d)
-    # sum d (u - A) = sum u d - A B, in which nothing cancels.
-    k = point.centred_product(d, u, a) - p * q_sum
+    sum_d, sum_d_xhat = point.sums(d)
+    # sum d (u - A) is sum u d - A B without the cancellation.
+    k = point.centred_product(d, u, means[0]) - means[1] * sum_d_xhat
     scale = point.inv_std if point.gamma is None else point.gamma * point.inv_std
-    b = point.inv_std * ((0.0 if ddgamma is None else ddgamma) - scale * p)
-    slope = -(scale * point.inv_std * k + b * q_sum)
-    n = point.count
+    b = point.inv_std * ((0.0 if ddgamma is None else ddgamma) - scale * means[1])
+    factor = -scale * sum_d_xhat
+    slope = -(scale * point.inv_std * k + b * sum_d_xhat)
     if point.share is None:
-        point.apply(u, -scale * q_sum / n, np.stack([a, p]), 1.0, room)
-        point.normalize(slope / n, None, room)
-        point.add_scaled(d, b_sum / n, b, room)
+        point.apply(u, factor / point.count, means, 1.0, room)
+        point.add_normalized(slope / point.count, None, room)
+        point.add_scaled(d, sum_d / point.count, b, room)
     else:
-        point.apply(u, -scale * q_sum, np.stack([a, p]), 1.0, room)
-        point.normalize(slope, -b * b_sum, room)
+        point.apply(u, factor, means, 1.0, room)
+        point.add_normalized(slope, -b * sum_d, room)
         room *= point.share
         point.add_scaled(d, np.zeros_like(b), b, room)
     return k
@@ -358,8 +360,9 @@ class _Directions(NamedTuple):
 class _Point:
     """Where a derivative is taken, in the kernels' form, and the maps that it is made of.
 
-    Elements are (N, C, S) in ``wide``, the type of the arithmetic: float64 with weights, else
-    x's own or float32. Everything per channel is float64. Masked positions are 0 throughout.
+    Elements are (N, C, S) in ``wide``, the type of the arithmetic: float64 with weights or where
+    float32 might not hold 1 / var, else x's own or float32. Everything per channel is float64.
+    Masked positions are 0 throughout.
     """
 
     def __init__(self, given):
@@ -367,9 +370,11 @@ class _Point:
         self.valid = None if given.valid is None else given.valid[:, None]
         # z is computed in the forward pass's type, so that the activation passes where it did.
         self.narrow = np.dtype(np.float64 if given.x.dtype.itemsize == 8 else np.float32)
-        self.wide = self.narrow if given.weight is None else np.dtype(np.float64)
         self.stats = given.stats
         self.mean, self.mean_lo, _, self.inv_std = given.stats
+        extreme = (self.inv_std > 2.0**50) | (self.inv_std < 2.0**-50)
+        is_wide = given.weight is not None or extreme.any()
+        self.wide = np.dtype(np.float64) if is_wide else self.narrow
         self.gamma, self.beta = _parameter(given.gamma), _parameter(given.beta)
         self.activation = given.activation
         self.count = given.count or 1.0  # where there is nothing, the sums are 0
@@ -389,6 +394,15 @@ class _Point:
         if self.activation != NO_ACTIVATION:
             values = self._gate(values, np.empty(values.shape, values.dtype))
         return self._widened(values)
+
+    def load_directions(self, others):
+        """Directions as the kernels take them; gamma's is there where beta's is."""
+        gamma, beta = _parameter(others.gamma), _parameter(others.beta)
+        if gamma is None and beta is not None:
+            gamma = np.zeros_like(beta)
+        return _Directions(
+            gamma, beta, None if others.residual is None else self.load(others.residual)
+        )
 
     def sums(self, v):
         """``sum v`` and ``sum v x'``."""
@@ -421,7 +435,7 @@ class _Point:
             self.threads,
         )  # fmt: skip
 
-    def normalize(self, slope, offset, out):
+    def add_normalized(self, slope, offset, out):
         """Add ``slope x' + offset`` to out."""
         _backend.active.normalization.normalize(
             self.x, self.mean, self.mean_lo, self.inv_std, slope, offset, out, NO_ACTIVATION, out,
@@ -444,10 +458,9 @@ class _Point:
     def finish_tangent(self, room, others, target):
         """``activation'(z) (room + tgamma x' + tbeta + tresidual)`` as the caller's array."""
         if others.residual is not None:
-            room += self.load(others.residual)
-        if others.gamma is not None or others.beta is not None:
-            slope = np.zeros_like(self.mean) if others.gamma is None else _parameter(others.gamma)
-            self.normalize(slope, _parameter(others.beta), room)
+            room += others.residual
+        if others.gamma is not None:
+            self.add_normalized(others.gamma, others.beta, room)
         if self.activation != NO_ACTIVATION:
             values = room.astype(self.narrow, copy=False)
             room = self._gate(values, values)
