@@ -86,7 +86,9 @@ def pairs(module, body):
     return found
 
 
-@pytest.mark.parametrize("name", ["derivatives", "functional", "layers", "moments", "testing"])
+@pytest.mark.parametrize(
+    "name", ["derivatives", "functional", "layers", "moments", "state", "testing"]
+)
 def test_public_modules(name):
     module = importlib.import_module(f"bncore.{name}")
     for function, node in pairs(module, tree(f"{name}.pyi")):
