@@ -543,6 +543,33 @@ WRONG_DIRECTIONS = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["plain", "both"])
+@pytest.mark.parametrize("power", [20, 30, 36])
+def test_far_from_zero(backend, kind, power):
+    """A mean of 2^36 standard deviations, which one float64 alone does not hold well enough."""
+    a = case((30, 4, 5), residual=False, kind=kind, activation=("leaky_relu", 0.2))
+    a.x = np.round(a.x * 2.0**14) / 2.0**14
+    right = tangent_of(a, saved_by(a)), *double_of(a, saved_by(a))
+    a.x = a.x + 2.0**power
+    for actual, expected in zip((tangent_of(a, saved_by(a)), *double_of(a, saved_by(a))), right):
+        assert_near(actual, expected, 1e-13)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mask", "weight"])
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+def test_the_activation_passes_where_it_does_for_the_gradient(backend, name, kind):
+    """Even where z lies on the limit as rounding has it."""
+    a = case((40, 6, 9), dtype=np.dtype(name), kind=kind)
+    keywords = {"mask": a.mask, "sample_weight": a.sample_weight, "residual": a.residual}
+    y, _ = bncore.batch_norm(a.x, a.gamma, a.beta, **keywords)
+    for limit in np.unique(y[y > 0])[:: y.size // 40]:
+        activation = ("clip", float(limit), np.inf)
+        _, saved = bncore.batch_norm(a.x, a.gamma, a.beta, **keywords, activation=activation)
+        g = bncore.batch_norm_backward(np.ones_like(a.x), saved)
+        passed = bncore.batch_norm_jvp(None, saved, tangent_beta=np.ones(6))
+        np.testing.assert_array_equal(passed.astype(float), g.dresidual.astype(float))
+
+
 @pytest.mark.parametrize("power", [-80, -40, 40, 80])
 @pytest.mark.parametrize("dtype_name", ["float32", "float64"])
 def test_the_unit_of_x_does_not_matter(backend, dtype_name, power):
