@@ -1,6 +1,13 @@
 """Batch normalization for NumPy arrays on CPUs: fast, accurate, deterministic."""
 
+from bncore import testing as testing
 from bncore._config import backend, get_num_threads, set_num_threads, show_config
+from bncore.derivatives import (
+    DoubleGradients,
+    batch_norm_double_backward,
+    batch_norm_inference_jvp,
+    batch_norm_jvp,
+)
 from bncore.functional import (
     Gradients,
     Reduced,
@@ -23,6 +30,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "DoubleGradients",
     "Gradients",
     "Moments",
     "Reduced",
@@ -32,8 +40,11 @@ __all__ = [
     "backward_reduce",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
     "batch_norm_inference",
     "batch_norm_inference_backward",
+    "batch_norm_inference_jvp",
+    "batch_norm_jvp",
     "get_num_threads",
     "moments",
     "set_num_threads",

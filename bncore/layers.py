@@ -1,34 +1,34 @@
-"""The layers: parameters, running statistics and training state over the functions.
+"""The layers: batch normalization with a state, over the functions.
 
-A layer changes its state only after everything that can fail has succeeded.
+Each call checks and allocates first, then normalizes, then moves the running statistics; see
+`bncore.state`.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from bncore import _backend, _check, reference
+from bncore import _check, policies
 from bncore.functional import (
     batch_norm,
     batch_norm_backward,
     batch_norm_inference,
     batch_norm_inference_backward,
 )
+from bncore.state import Layer
 
 
-class BatchNorm:
+class BatchNorm(Layer):
     """Batch normalization with learnable scale and offset and running statistics.
 
     In training, normalizes by the batch's statistics and moves the running ones::
 
         running <- (1 - momentum) running + momentum batch
 
-    with the unbiased variance n / (n - 1); in evaluation, normalizes by the running ones.
+    with the unbiased variance n / (n - 1); in evaluation, normalizes by the running ones. Other
+    conventions are `bncore.presets`.
 
     Parameters
     ----------
@@ -48,6 +48,17 @@ class BatchNorm:
         Applied to the output.
     dtype : dtype
         Of parameters and running statistics; the input may have another.
+    ddof : int
+        1: the running variance takes the unbiased variance, m2 / (n - 1); 0: the biased one. With
+        weights w, unbiased is the variance times ``1 / (1 - sum w^2 / (sum w)^2)``, the factor for
+        weights that say how reliable a value is: n / (n - 1) where they are equal, or a mask.
+    single_value : "raise", "zero" or "running"
+        A training batch of one value (of a weight above 0) per channel is an error; or its variance
+        is 0, y is beta and the running statistics move, the variance towards 0; or it is
+        normalized as in evaluation and moves nothing.
+    nan_policy : "propagate" or "skip"
+        Whether a batch whose mean or variance is not finite, in the running statistics' type, in
+        any channel moves the running statistics and the counter. y is the same.
 
     Attributes
     ----------
@@ -57,9 +68,11 @@ class BatchNorm:
         Zeros and ones at first.
     num_batches_tracked : int or None
         Batches that moved the running statistics.
-    grad_gamma, grad_beta : ndarray or None
+    grad_gamma, grad_beta, grad_residual : ndarray or None
         Gradients of the latest `backward`, replaced each time.
     training : bool
+    update : bool
+        False: calls in training move no running statistic; see `no_update`.
 
     Notes
     -----
@@ -84,45 +97,20 @@ class BatchNorm:
     array([2., 2.], dtype=float32)
     """
 
-    _ranks: tuple[int, ...] | None = None
-
-    def __init__(
-        self, num_features, *, axis=1, eps=1e-5, momentum=0.1, affine=True,
-        track_running_stats=True, activation=None, dtype=np.float32,
-    ):  # fmt: skip
-        self.shape = _channel_shape(num_features)
-        self._channels = math.prod(self.shape)
-        self.axis = axis
-        self.eps = _check.positive(eps, "eps")
-        self.momentum = _momentum(momentum)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        _check.activation(activation)
-        self.activation = activation
-        dtype = np.dtype(dtype)
-        if dtype.name not in _check.FLOAT_NAMES:
-            raise TypeError(f"dtype must be a float type, got {dtype}")
-        self.gamma = np.ones(self.shape, dtype) if affine else None
-        self.beta = np.zeros(self.shape, dtype) if affine else None
-        self.running_mean = np.zeros(self.shape, dtype) if track_running_stats else None
-        self.running_var = np.ones(self.shape, dtype) if track_running_stats else None
-        self.num_batches_tracked = 0 if track_running_stats else None
-        self.grad_gamma = None
-        self.grad_beta = None
-        self.training = True
-        self._forward = None
-
-    @property
-    def num_features(self):
-        """Channels: an int, or a tuple where there are several channel axes."""
-        return self.shape[0] if len(self.shape) == 1 else self.shape
-
-    def __call__(self, x, *, out=None):
+    def __call__(self, x, *, residual=None, mask=None, sample_weight=None, out=None):
         """Normalize ``x``; see `batch_norm` and `batch_norm_inference`.
 
         Parameters
         ----------
         x : array_like
+        residual : array_like, optional
+            Added before the activation; shape and dtype of x.
+        mask : array_like of bool, optional
+            True where x counts; broadcastable to x with channel axes of length 1. What stands
+            elsewhere, be it NaN, has no influence; y and gradients are 0 there.
+        sample_weight : array_like, optional
+            Weight of each position in the batch's statistics, not negative; broadcastable as mask
+            is. In evaluation, where the statistics are fixed, it is only checked.
         out : ndarray, optional
             Takes the result; ``out=x`` works in place, after which training has no backward pass.
 
@@ -134,27 +122,25 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            In training where there is one value per channel, which has no variance; and for
-            whatever `batch_norm` refuses. The layer is as it was then.
+            In training where there is one value per channel and ``single_value`` is "raise"; and
+            for whatever `batch_norm` refuses. The layer is as it was then.
+
+        Examples
+        --------
+        >>> import bncore, numpy as np
+        >>> layer = bncore.BatchNorm(1, momentum=1.0, activation="relu")
+        >>> x = np.array([[1.0], [3.0], [np.nan]])
+        >>> y = layer(x, mask=~np.isnan(x), residual=np.ones_like(x))
+        >>> y.round(3).ravel(), layer.running_mean
+        (array([0., 2., 0.]), array([2.], dtype=float32))
         """
         x = self._checked(x)
         if self.training or not self.track_running_stats:
-            return self._normalize_batch(x, out)
-        if self.running_mean is None or self.running_var is None:
-            raise TypeError("running_mean and running_var must be arrays in evaluation, got None")
-        overwritten = out is not None and np.may_share_memory(out, x)
-        forward = _Fixed(
-            None if overwritten else x, self.running_mean.copy(), self.running_var.copy()
-        )
-        y = batch_norm_inference(
-            x, self.running_mean, self.running_var, self.gamma, self.beta,
-            axis=self.axis, eps=self.eps, activation=self.activation, out=out,
-        )  # fmt: skip
-        self._forward = forward
-        return y
+            return self._normalize_batch(x, residual, mask, sample_weight, out)
+        return self._normalize_fixed(x, residual, mask, sample_weight, out)
 
     def backward(self, dy, *, out=None):
-        """The gradient of the latest call's input; sets ``grad_gamma`` and ``grad_beta``.
+        """The gradient of the latest call's input; sets ``grad_gamma`` and its like.
 
         After a call in training the gradient goes through the batch's statistics, after one in
         evaluation the running statistics are constants.
@@ -179,163 +165,84 @@ class BatchNorm:
         if self._forward is None:
             raise ValueError("backward needs a call of the layer before it")
         if isinstance(self._forward, _Fixed):
-            fixed = self._forward
-            if fixed.x is None:
-                raise ValueError("backward has no x: the latest call overwrote it (out=x)")
-            g = batch_norm_inference_backward(
-                dy, fixed.x, fixed.mean, fixed.var, self.gamma, self.beta,
-                axis=self.axis, eps=self.eps, activation=self.activation, out=out,
-            )  # fmt: skip
+            g = self._fixed_backward(dy, self._forward, out)
         else:
             g = batch_norm_backward(dy, self._forward, out=out)
-        self.grad_gamma, self.grad_beta = g.dgamma, g.dbeta
+        self.grad_gamma, self.grad_beta, self.grad_residual = g.dgamma, g.dbeta, g.dresidual
         return g.dx
 
-    def train(self, mode=True):
-        """Normalize by batch statistics from now on; returns the layer.
-
-        Parameters
-        ----------
-        mode : bool
-            False is `eval`.
-        """
-        self.training = bool(mode)
-        return self
-
-    def eval(self):
-        """Normalize by running statistics from now on; returns the layer."""
-        return self.train(False)
-
-    def reset_running_stats(self):
-        """Forget all batches: running mean 0, variance 1, counter 0."""
-        if self.track_running_stats:
-            self.running_mean[...] = 0
-            self.running_var[...] = 1
-            self.num_batches_tracked = 0
-
-    def state_dict(self):
-        """The state under PyTorch's keys, as copies.
-
-        Returns
-        -------
-        dict of str to ndarray
-            weight, bias, running_mean, running_var, num_batches_tracked; those that exist.
-        """
-        state = {key: np.copy(array) for key, array in self._arrays().items()}
-        if self.track_running_stats:
-            state["num_batches_tracked"] = np.asarray(self.num_batches_tracked, np.int64)
-        return state
-
-    def load_state_dict(self, state):
-        """Take over a state; the inverse of `state_dict`.
-
-        Parameters
-        ----------
-        state : mapping of str to array_like
-            As `state_dict` gives it. ``num_batches_tracked`` may be missing, as in files written
-            before PyTorch 0.4.1; it is then left as it is.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Where a key is missing or unknown, or an array does not fit; nothing is loaded then.
-        """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
-        arrays = self._arrays()
-        known = set(arrays) | ({"num_batches_tracked"} if self.track_running_stats else set())
-        missing = sorted(set(arrays) - set(state))
-        unknown = sorted(set(state) - known, key=str)
-        if missing or unknown:
-            raise ValueError(f"state has missing keys {missing} and unknown keys {unknown}")
-        loaded = {key: _loaded(state[key], key, array) for key, array in arrays.items()}
-        if "running_var" in loaded and (loaded["running_var"] < 0).any():
-            raise ValueError("state's running_var must not be negative")
-        tracked = self.num_batches_tracked
-        if "num_batches_tracked" in state:
-            tracked = _loaded_counter(state["num_batches_tracked"])
-        for key, array in arrays.items():
-            _check.state(array, key, self.shape)
-        for key, array in arrays.items():
-            array[...] = loaded[key]
-        self.num_batches_tracked = tracked
-
-    def __repr__(self):
-        return (
-            f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, "
-            f"momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, activation={self.activation!r})"
-        )
-
-    def _checked(self, x):
-        """``x`` as an array with this layer's channels."""
-        x = x if type(x) is np.ndarray else _check.input_array(x)
-        if self._ranks is not None and x.ndim not in self._ranks:
-            ranks = " or ".join(map(str, self._ranks))
-            raise ValueError(f"x must have {ranks} dimensions, got {x.ndim}")
-        axis = self.axis
-        if type(axis) is int and -x.ndim <= axis < x.ndim and (x.shape[axis],) == self.shape:
-            return x
-        axes = _check.channel_axes(axis, x.ndim)
-        shape = tuple([x.shape[axis] for axis in axes])
-        if shape != self.shape:
-            raise ValueError(f"x must have channels {self.shape} on axis {axis}, got {shape}")
-        return x
-
-    def _normalize_batch(self, x, out):
-        """The call in training: batch statistics, then the running ones."""
-        channels = self._channels
-        if self.training and channels and x.size == channels:
-            raise ValueError(
-                f"x must have more than 1 value per channel in training, got shape {x.shape}"
-            )
-        tracking = self.training and self.track_running_stats and x.size > 0
-        spare = self._spare(out) if tracking else None
+    def _normalize_batch(self, x, residual, mask, sample_weight, out):
+        """The call by the batch's statistics, which then move the running ones."""
+        values = x.size // self._channels if x.size else 0
+        weights = None
+        if mask is not None or sample_weight is not None:
+            axes = _check.channel_axes(self.axis, x.ndim)
+            weights = policies.used_weights(mask, sample_weight, x, axes)
+            values = min(values, weights.size)
+        move = None
+        if self.training:
+            momentum = self._checked_momentum()
+            if values == 1 and not self._takes_single(x):
+                return self._normalize_fixed(x, residual, mask, sample_weight, out)
+            if values and self.update and self.track_running_stats:
+                move = self._prepared(momentum, self._unbias(values, weights), out)
         y, saved = batch_norm(
-            x, self.gamma, self.beta, axis=self.axis, eps=self.eps,
-            activation=self.activation, out=out,
+            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, activation=self.activation,
+            residual=residual, mask=mask, sample_weight=sample_weight, out=out,
         )  # fmt: skip
-        if tracking:
-            self._track(saved, spare)
+        if move is not None:
+            self._move(saved, move)
         self._forward = saved
         return y
 
-    def _spare(self, out):
-        """Room to move the running statistics in, which are checked; None if none is needed."""
-        _momentum(self.momentum)
-        if type(self.num_batches_tracked) is not int:
-            raise TypeError(f"num_batches_tracked must be an int, got {self.num_batches_tracked!r}")
-        mean, var = self.running_mean, self.running_var
-        if _backend.active.statistics.movable_plain(mean, var, out, self._channels):
-            return None
-        for array, name in ((mean, "running_mean"), (var, "running_var")):
-            _check.state(array, name, self.shape)
-            _check.apart(out, array, name)
-        return np.empty((2, 2, *self.shape))
-
-    def _track(self, saved, spare):
-        """Move the running statistics towards a batch's; see `bncore.reference.move_running`."""
-        tracked = self.num_batches_tracked + 1
-        momentum = 1 / tracked if self.momentum is None else self.momentum
-        arguments = (
-            self.running_mean, self.running_var, saved.stats, momentum,
-            saved.values / (saved.values - 1),
+    def _normalize_fixed(self, x, residual, mask, sample_weight, out):
+        """The call by the running statistics."""
+        if self.running_mean is None or self.running_var is None:
+            raise TypeError("running_mean and running_var must be arrays in evaluation, got None")
+        hidden = None
+        if mask is not None or sample_weight is not None:
+            axes = _check.channel_axes(self.axis, x.ndim)
+            _check.sample_weight(sample_weight, x, axes)
+            hidden = None if mask is None else ~_check.mask(mask, x, axes)
+        if residual is not None:
+            residual = _check.same_shape(residual, "residual", x)
+        forward = _Fixed(
+            _unless_shared(x, out), _unless_shared(residual, out), residual is not None, hidden,
+            self.running_mean.copy(), self.running_var.copy(),
         )  # fmt: skip
-        if spare is None:
-            _backend.active.statistics.move_running_plain(*arguments)
-        else:
-            reference.move_running(*arguments, spare)
-        self.num_batches_tracked = tracked
+        y = batch_norm_inference(
+            x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
+            eps=self.eps, activation=self.activation, residual=residual, out=out,
+        )  # fmt: skip
+        _hide(y, hidden)
+        self._forward = forward
+        return y
 
-    def _arrays(self):
-        """The state's arrays under PyTorch's keys."""
-        arrays = {
-            "weight": self.gamma,
-            "bias": self.beta,
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-        }
-        return {key: array for key, array in arrays.items() if array is not None}
+    def _fixed_backward(self, dy, fixed, out):
+        """The gradients after `_normalize_fixed`."""
+        x, residual = fixed.x, fixed.residual
+        if x is None:
+            raise ValueError("backward has no x: an earlier pass overwrote it (out=x)")
+        if fixed.had_residual and residual is None:
+            if self.activation is not None:
+                raise ValueError(
+                    "backward has no residual: an earlier pass overwrote it (out=residual)"
+                )
+            residual = dy  # any values will do: only an activation would look at them
+        if fixed.hidden is not None:
+            dy = np.where(fixed.hidden, x.dtype.type(0), _check.same_shape(dy, "dy", x))
+            x = np.where(fixed.hidden, x.dtype.type(0), x)
+        extras = {} if residual is None else {"residual": residual}
+        g = batch_norm_inference_backward(
+            dy, x, fixed.mean, fixed.var, self.gamma, self.beta, axis=self.axis, eps=self.eps,
+            activation=self.activation, out=out, **extras,
+        )  # fmt: skip
+        _hide(g.dx, fixed.hidden)
+        _hide(g.dresidual, fixed.hidden)
+        self._forward = fixed._replace(
+            x=_unless_shared(fixed.x, out), residual=_unless_shared(fixed.residual, out)
+        )
+        return g
 
 
 class BatchNorm1d(BatchNorm):
@@ -378,49 +285,25 @@ class BatchNorm3d(BatchNorm):
 
 
 class _Fixed(NamedTuple):
-    """What a call in evaluation keeps for `BatchNorm.backward`."""
+    """What a call by the running statistics keeps for `BatchNorm.backward`."""
 
     x: np.ndarray | None
+    residual: np.ndarray | None
+    had_residual: bool
+    hidden: np.ndarray | None
+    """True at masked positions, over x's axes with channel axes of length 1."""
     mean: np.ndarray
     var: np.ndarray
 
 
-def _channel_shape(num_features):
-    sizes = num_features if isinstance(num_features, tuple) else (num_features,)
-    try:
-        shape = tuple(operator.index(size) for size in sizes)
-    except TypeError:
-        raise TypeError(
-            f"num_features must be an int or a tuple of ints, got {num_features!r}"
-        ) from None
-    if not shape or min(shape) < 0:
-        raise ValueError(f"num_features must not be negative or empty, got {num_features!r}")
-    return shape
-
-
-def _momentum(momentum):
-    if momentum is None:
+def _unless_shared(array, out):
+    """An array, or None where a result may have been written over it."""
+    if array is None or (isinstance(out, np.ndarray) and np.may_share_memory(out, array)):
         return None
-    number = momentum if type(momentum) is float else _check.real(momentum, "momentum")
-    if not 0 <= number <= 1:
-        raise ValueError(f"momentum must be None or between 0 and 1, got {momentum!r}")
-    return number
+    return array
 
 
-def _loaded(value, key, like):
-    """A copy of a state's array, in the dtype of the layer's own."""
-    array = _check.float_array(value, f"state's {key}")
-    if array.shape != like.shape:
-        raise ValueError(f"state's {key} must have shape {like.shape}, got {array.shape}")
-    with np.errstate(all="ignore"):
-        return array.astype(like.dtype)
-
-
-def _loaded_counter(value):
-    counter = np.asarray(value)
-    if counter.shape not in ((), (1,)) or counter.dtype.kind not in "iu":
-        raise ValueError(f"state's num_batches_tracked must be a count, got {value!r}")
-    count = int(counter.reshape(()))
-    if not 0 <= count < 2**63:
-        raise ValueError(f"state's num_batches_tracked must be a count, got {value!r}")
-    return count
+def _hide(array, hidden):
+    """Zeros in the place of what is masked."""
+    if array is not None and hidden is not None:
+        np.copyto(array, 0, where=hidden, casting="unsafe")

@@ -4,20 +4,21 @@
 #   scripts/build_copy.sh DIRECTORY TIER [FLAGS OF COMPILER AND LINKER]
 #
 # The C++ says which line of the .pyx it comes from, as gcov and the sanitizers' reports want it.
-# PLANT_RACE=1 plants a data race.
+# OPTIMIZE are other flags for -O1 -g. PLANT_RACE=1 plants a data race.
 set -eu
 directory=$1 tier=$2 flags=${3:-}
 cd "$(dirname "$0")/.."
 mkdir -p "$directory"
 git ls-files -z | xargs -0 cp --parents -t "$directory"
 cd "$directory"
-grep -q '"-O3", "-g0"' setup.py  # else the next line would do nothing
-sed -i 's/"-O3", "-g0"/"-O1", "-g"/; s/force=self.force,/force=self.force, emit_linenums=True,/' setup.py
+grep -q '"-O3", "-g0", ' setup.py  # else the next line would do nothing
+optimize=$(printf '"%s", ' ${OPTIMIZE:--O1 -g})
+sed -i "s/\"-O3\", \"-g0\", /$optimize/; s/force=self.force,/force=self.force, emit_linenums=True,/" setup.py
 if [ -n "${PLANT_RACE:-}" ]; then
   sed -i 's/std::atomic<ptrdiff_t> taken{0};/ptrdiff_t taken = 0;/
     s/taken.fetch_add(tickets->batch, std::memory_order_relaxed)/taken; tickets->taken = next + tickets->batch/' \
-    src/blocks.h
-  grep -q "ptrdiff_t taken = 0;" src/blocks.h
+    src/*.h
+  grep -q "ptrdiff_t taken = 0;" src/*.h
 fi
 # clang before 16 does not know the names of levels.
 case ${CC:-} in clang*) sed -i 's/__builtin_cpu_supports("x86-64-v[234]")/1/' src/runtime.h ;; esac

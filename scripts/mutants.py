@@ -3,7 +3,8 @@
 A mutant is killed when a test fails, hangs or crashes that passes without it. Mutants that survive
 are listed and make the script fail, and so does one whose text is no longer in the sources.
 
-    python scripts/mutants.py [--tier x86-64-v3] [--workers 2] [--only PART OF NAME] [--python]
+    python scripts/mutants.py [--tier x86-64-v3] [--workers 2] [--only PART OF NAME]
+                              [--python | --kernels] [--green]
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 1800
 """Seconds for one run of the tests, after which they count as hanging."""
 
-# Neither demo nor benchmark nor documents say anything about the kernels.
-TESTS = [
-    "tests", "--ignore=tests/test_demo.py", "--ignore=tests/test_bench.py",
-    "--ignore=tests/test_readme.py", "--ignore=tests/test_examples.py",
-    "--ignore=tests/test_docs.py", "--ignore=tests/test_cli.py",
-]  # fmt: skip
+SILENT = {
+    "bench", "cli", "demo", "docs", "documents", "examples", "mutants", "readme", "stubs",
+}  # fmt: skip
+"""Tests of what no mutant is in, and of the mutants' own list."""
+
+
+def test_files(first=None):
+    """All test files that may kill a mutant, the likeliest first, then those of the promises."""
+    tests = ROOT / "tests"
+    files = [*sorted(tests.glob("test_*.py")), *sorted(tests.glob("*/test_*.py"))]
+    names = [str(f.relative_to(ROOT)) for f in files if f.stem.removeprefix("test_") not in SILENT]
+    return names if first is None else [first, *(name for name in names if name != first)]
 
 
 class Worker:
@@ -37,16 +44,18 @@ class Worker:
 
     def __init__(self, directory, tier):
         self.directory, self.tier = directory, tier
+        self.built_from_sources = True
         script = ROOT / "scripts" / "build_copy.sh"
-        subprocess.run([script, directory, tier], check=True)
+        quickly = os.environ | {"OPTIMIZE": "-Og -g0"}
+        subprocess.run([script, directory, tier], env=quickly, check=True)
 
-    def run_tests(self, *arguments):
+    def run_tests(self, *arguments, first=None):
         """The exit code of pytest, None if it hangs, and what it printed."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("BNCORE_")}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no"]
         try:
             done = subprocess.run(
-                [*command, *arguments],
+                [*command, *arguments, *test_files(first)],
                 cwd=self.directory,
                 env=environment,
                 capture_output=True,
@@ -60,17 +69,17 @@ class Worker:
     def kills(self, mutant, known):
         """What killed the mutant, or None."""
         path = self.directory / mutant["file"]
+        compiled = mutant["file"].startswith("src/")
         original = path.read_text()
         path.write_text(original.replace(mutant["old"], mutant["new"]))
         try:
-            if path.parent.name == "src":
+            if compiled or not self.built_from_sources:
                 self.build()
+            self.built_from_sources = not compiled
             deselected = [f"--deselect={test}" for test in known]
-            code, printed = self.run_tests("-x", "--tb=no", *deselected)
+            code, printed = self.run_tests("-x", *deselected, first=mutant.get("first"))
         finally:
             path.write_text(original)
-            if path.parent.name == "src":
-                self.build()
         if code == 0:
             return None
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
@@ -85,12 +94,20 @@ class Worker:
 
 
 def load():
-    """The mutants, after a check that each one's text is where it should be."""
+    """The mutants, each with the one file in which its text stands."""
     mutants = tomllib.loads((ROOT / "scripts" / "mutants.toml").read_text())["mutant"]
+    stale = []
     for mutant in mutants:
-        found = (ROOT / mutant["file"]).read_text().count(mutant["old"])
-        if found != 1:
-            sys.exit(f"{mutant['name']}: its text stands {found} times in {mutant['file']}")
+        files = [path for path in ROOT.glob(mutant["files"]) if path.is_file()]
+        found = [path for path in files for _ in range(path.read_text().count(mutant["old"]))]
+        if len(found) == 1:
+            mutant["file"] = str(found[0].relative_to(ROOT))
+        else:
+            stale.append(
+                f"{mutant['name']}: its text stands {len(found)} times in {mutant['files']}"
+            )
+    if stale:
+        sys.exit("\n".join(stale))
     return mutants
 
 
@@ -118,16 +135,19 @@ def main():
     parser.add_argument("--tier", default="x86-64-v3")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", default="", help="mutants with this in their name")
-    parser.add_argument("--python", action="store_true", help="leave the kernels' mutants out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--python", action="store_true", help="leave the kernels' mutants out")
+    which.add_argument("--kernels", action="store_true", help="leave the Python's mutants out")
+    parser.add_argument("--green", action="store_true", help="the tests are known to pass")
     options = parser.parse_args()
     mutants = [mutant for mutant in load() if options.only in mutant["name"]]
-    if options.python:
-        mutants = [mutant for mutant in mutants if not mutant["file"].startswith("src/")]
+    if options.python or options.kernels:
+        mutants = [m for m in mutants if m["file"].startswith("src/") == options.kernels]
 
     directory = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
         workers = [Worker(directory / str(i), options.tier) for i in range(options.workers)]
-        _, printed = workers[0].run_tests("--tb=no")
+        _, printed = (0, "") if options.green else workers[0].run_tests()
         known = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", printed, re.MULTILINE)
         for test in known:
             print(f"left out, fails without any mutant: {test}")

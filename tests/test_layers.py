@@ -6,6 +6,7 @@ import pytest
 import bncore
 
 from .arrays import bits, normal
+from .torch_oracle import batch_norm as torch_batch_norm
 from .torch_oracle import import_torch
 
 KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -196,6 +197,218 @@ class TestOneValuePerChannel:
 
     def test_evaluation_takes_it(self, backend):
         assert bncore.BatchNorm1d(5).eval()(np.ones((1, 5), np.float32)).shape == (1, 5)
+
+
+ACTIVATIONS = [None, "relu", ("leaky_relu", 0.1), ("clip", -0.5, 1.0)]
+
+
+def prepared(activation=None, shape=(4, 5, 3)):
+    """A layer with parameters and statistics of its own, and x, residual and dy for it."""
+    layer = bncore.BatchNorm(5, activation=activation, dtype=np.float64)
+    layer(batch(1))
+    layer.gamma[...], layer.beta[...] = normal(1, 5), normal(2, 5)
+    return layer, *(normal(seed, shape) for seed in (3, 4, 5))
+
+
+class TestResidual:
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+    @pytest.mark.parametrize("training", [True, False])
+    def test_is_autograds(self, backend, activation, training):
+        layer, x, residual, dy = prepared(activation)
+        layer.train(training)
+        fixed = {} if training else {"mean": layer.running_mean, "var": layer.running_var}
+        expected = torch_batch_norm(
+            x, dy, layer.gamma, layer.beta, residual=residual, activation=activation, **fixed
+        )
+        np.testing.assert_allclose(layer(x, residual=residual), expected.y, rtol=1e-10, atol=1e-12)
+        dx = layer.backward(dy)
+        for ours, theirs in (
+            (dx, expected.dx),
+            (layer.grad_residual, expected.dresidual),
+            (layer.grad_gamma, expected.dgamma),
+            (layer.grad_beta, expected.dbeta),
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_belongs_to_the_latest_call(self, backend, training):
+        layer, x, residual, dy = prepared()
+        layer.train(training)
+        layer(x, residual=residual)
+        layer.backward(dy)
+        assert layer.grad_residual.shape == x.shape
+        layer(x)
+        layer.backward(dy)
+        assert layer.grad_residual is None
+
+    def test_overwritten_is_needed_for_an_activation_only(self, backend):
+        layer, x, residual, dy = prepared()
+        layer.eval()(x, residual=residual)
+        expected = layer.backward(dy)
+        layer(x, residual=residual, out=residual)
+        assert bits(layer.backward(dy), layer.grad_residual) == bits(expected, dy)
+        layer, x, residual, dy = prepared("relu")
+        layer.eval()(x, residual=residual, out=residual)
+        with pytest.raises(ValueError, match=r"overwrote it \(out=residual\)"):
+            layer.backward(dy)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_that_does_not_fit(self, backend, training):
+        layer, x, _, _ = prepared()
+        layer.train(training)
+        before = state_bits(layer)
+        with pytest.raises(ValueError, match="residual must have x's shape"):
+            layer(x, residual=x[:1])
+        assert state_bits(layer) == before
+
+
+class TestMasksAndWeights:
+    MASK = np.arange(3) < np.array([3, 1, 0, 2])[:, None]
+    """(N, L) of `prepared`."""
+
+    def given(self, kind):
+        weight = np.random.default_rng(7).gamma(1.0, size=(4, 1, 3))
+        mask = self.MASK[:, None]
+        extras = {"mask": {"mask": mask}, "weight": {"sample_weight": weight}}
+        extras["both"] = extras["mask"] | extras["weight"]
+        used = np.where(mask, weight if kind != "mask" else 1.0, 0.0)
+        return extras[kind], weight if kind == "weight" else used
+
+    @pytest.mark.parametrize("kind", ["mask", "weight", "both"])
+    @pytest.mark.parametrize("ddof", [0, 1])
+    def test_running_statistics(self, backend, kind, ddof):
+        layer, x, _, _ = prepared()
+        layer.ddof, layer.momentum = ddof, 0.25
+        mean, var = layer.running_mean.copy(), layer.running_var.copy()
+        extras, weight = self.given(kind)
+        layer(x, **extras)
+        total = weight.sum()
+        batch_mean = (x * weight).sum((0, 2)) / total
+        batch_var = (weight * (x - batch_mean[:, None]) ** 2).sum((0, 2)) / total
+        if ddof:
+            batch_var /= 1 - (weight**2).sum() / total**2
+        np.testing.assert_allclose(layer.running_mean, 0.75 * mean + 0.25 * batch_mean, rtol=1e-12)
+        np.testing.assert_allclose(layer.running_var, 0.75 * var + 0.25 * batch_var, rtol=1e-12)
+        assert layer.num_batches_tracked == 2
+
+    def test_a_mask_leaves_what_a_smaller_batch_would_have(self, backend):
+        layer, x, _, _ = prepared()
+        other, _, _, _ = prepared()
+        layer(x, mask=self.MASK[:, None])
+        kept = x.transpose(0, 2, 1)[self.MASK]
+        other(kept)
+        ours, theirs = layer.state_dict(), other.state_dict()
+        for key in KEYS:
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-12)
+
+    @pytest.mark.parametrize("scale", [2.0**-200, 1.0, 7.0])
+    def test_equal_weights_move_as_none(self, backend, scale):
+        layer, x, _, _ = prepared()
+        other, _, _, _ = prepared()
+        layer(x, sample_weight=np.full((4, 1, 1), scale))
+        other(x)
+        np.testing.assert_allclose(layer.running_var, other.running_var, rtol=1e-14)
+
+    @pytest.mark.parametrize("kind", ["mask", "weight", "both"])
+    def test_training_is_the_function(self, backend, kind):
+        layer, x, residual, dy = prepared("relu")
+        extras, _ = self.given(kind)
+        y, saved = bncore.batch_norm(
+            x, layer.gamma, layer.beta, residual=residual, activation="relu", **extras
+        )
+        g = bncore.batch_norm_backward(dy, saved)
+        assert bits(layer(x, residual=residual, **extras)) == bits(y)
+        assert bits(layer.backward(dy), layer.grad_residual) == bits(g.dx, g.dresidual)
+        assert bits(layer.grad_gamma, layer.grad_beta) == bits(g.dgamma, g.dbeta)
+
+    @pytest.mark.parametrize("residual_too", [False, True])
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+    def test_evaluation(self, backend, activation, residual_too):
+        """y and gradients are 0 where masked, and what stands there has no influence."""
+        layer, x, residual, dy = prepared(activation)
+        layer.eval()
+        hidden = np.broadcast_to(~self.MASK[:, None], x.shape)
+        extras = {"residual": residual} if residual_too else {}
+        y = np.where(hidden, 0, layer(x, **extras))
+        dx = layer.backward(np.where(hidden, 0, dy))
+        expected = bits(y, np.where(hidden, 0, dx), layer.grad_gamma, layer.grad_beta)
+        dresidual = layer.grad_residual
+        before = state_bits(layer)[:2]
+        for array in (x, residual, dy):
+            array[hidden] = np.nan
+        weight = np.ones((4, 1, 1))
+        found = layer(x, mask=self.MASK[:, None], sample_weight=weight, **extras)
+        dx = layer.backward(dy)
+        assert bits(found, dx, layer.grad_gamma, layer.grad_beta) == expected
+        assert state_bits(layer)[:2] == before
+        if residual_too:
+            assert bits(layer.grad_residual) == bits(np.where(hidden, 0, dresidual))
+
+    @pytest.mark.parametrize("target", ["dy", "x", "apart"])
+    def test_evaluation_writes_gradients_anywhere(self, backend, target):
+        layer, x, _, dy = prepared()
+        layer.eval()(x, mask=self.MASK[:, None])
+        expected = layer.backward(dy)
+        out = {"dy": dy, "x": x, "apart": np.empty_like(x)}[target]
+        assert layer.backward(dy, out=out) is out and bits(out) == bits(expected)
+        if target == "x":
+            with pytest.raises(ValueError, match=r"overwrote it \(out=x\)"):
+                layer.backward(dy)
+
+    def test_evaluation_keeps_the_mask_it_was_given(self, backend):
+        layer, x, _, dy = prepared()
+        mask = self.MASK[:, None].copy()
+        layer.eval()(x, mask=mask)
+        expected = layer.backward(dy)
+        mask[...] = True
+        assert bits(layer.backward(dy)) == bits(expected)
+
+    @pytest.mark.parametrize(
+        "extras",
+        [{"mask": np.zeros((4, 1, 1), bool)}, {"sample_weight": np.zeros((4, 1, 3))}],
+        ids=["mask", "weight"],
+    )
+    def test_a_batch_of_nothing_moves_nothing(self, backend, extras):
+        layer, x, _, dy = prepared()
+        before = state_bits(layer)
+        y = layer(x, **extras)
+        assert state_bits(layer) == before
+        if "mask" in extras:
+            assert not y.any() and not layer.backward(dy).any()
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        ("extras", "error", "message"),
+        [
+            ({"mask": np.ones((4, 1, 1))}, TypeError, "mask must have dtype bool"),
+            ({"mask": np.ones((4, 5, 1), bool)}, ValueError, "mask must broadcast"),
+            ({"sample_weight": np.full((4, 1, 1), -1.0)}, ValueError, "sample_weight must be 0 or"),
+            ({"sample_weight": "a"}, TypeError, "sample_weight must be an array"),
+        ],
+    )
+    def test_what_does_not_fit(self, backend, training, extras, error, message):
+        layer, x, _, _ = prepared()
+        layer.train(training)
+        before, out = state_bits(layer), np.full_like(x, 7)
+        with pytest.raises(error, match=message):
+            layer(x, out=out, **extras)
+        assert state_bits(layer) == before and (out == 7).all()
+
+    def test_without_running_statistics(self, backend):
+        layer = bncore.BatchNorm(5, track_running_stats=False).eval()
+        x, mask = batch(1), np.ones((1,) * 3, bool)
+        assert bits(layer(x, mask=mask)) == bits(layer.train()(x, mask=mask))
+
+    @pytest.mark.parametrize("axis", [-1, (1, 2)])
+    def test_other_axes(self, backend, axis):
+        x = normal(1, (4, 3, 5))
+        layer = bncore.BatchNorm(5 if axis == -1 else (3, 5), axis=axis, dtype=np.float64)
+        mask = np.array([1, 1, 0, 1], bool)[:, None, None]
+        layer(x, mask=mask)
+        kept = x[mask.ravel()]
+        expected = kept.reshape(-1, 5).mean(0) if axis == -1 else kept.mean(0)
+        np.testing.assert_allclose(layer.running_mean, 0.1 * expected, rtol=1e-12)
+        assert not layer.eval()(x, mask=mask)[2].any()
 
 
 class TestState:

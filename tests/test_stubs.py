@@ -86,7 +86,9 @@ def pairs(module, body):
     return found
 
 
-@pytest.mark.parametrize("name", ["functional", "layers", "moments"])
+@pytest.mark.parametrize(
+    "name", ["derivatives", "functional", "layers", "moments", "state", "testing"]
+)
 def test_public_modules(name):
     module = importlib.import_module(f"bncore.{name}")
     for function, node in pairs(module, tree(f"{name}.pyi")):
@@ -102,7 +104,7 @@ def test_public_modules(name):
 def test_public_names_are_typed():
     typed = {
         node.name
-        for stub in ("functional.pyi", "layers.pyi", "moments.pyi")
+        for stub in ("derivatives.pyi", "functional.pyi", "layers.pyi", "moments.pyi")
         for node in tree(stub)
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }

@@ -1,10 +1,8 @@
 """The number of threads: what sets and limits it, and what must never hang or end a process."""
 
 import os
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,8 @@ from threadpoolctl import threadpool_limits
 
 import bncore
 from bncore import _backend
+
+from .trust.trust_process import run
 
 COMPILED = [name for name in _backend.available() if name != "numpy"]
 pytestmark = pytest.mark.skipif(not COMPILED, reason="no compiled backend")
@@ -22,38 +22,6 @@ needs_two_cpus = pytest.mark.skipif(
     not COMPILED or _runtime.openmp() is None or _runtime.effective_cpus() < 2,
     reason="needs OpenMP and two CPUs",
 )
-
-HERE = Path(bncore.__file__).parent.parent
-"""Where a fresh interpreter imports the bncore under test."""
-
-PARALLEL_WORK = """
-import bncore, numpy as np, os, sys
-x = np.random.default_rng(0).standard_normal((64, 32, 28, 28), np.float32)
-def work():
-    y, saved = bncore.batch_norm(x)
-    return y.tobytes() + bncore.batch_norm_backward(x, saved).dx.tobytes()
-def os_threads():
-    return len(os.listdir("/proc/self/task"))
-"""
-
-
-def run(code, backend=None, **variables):
-    """Run code after PARALLEL_WORK in a fresh interpreter and return what it printed."""
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("BNCORE_", "OMP_", "PYTHON"))
-    }
-    if backend is not None:
-        environment["BNCORE_BACKEND"] = backend
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PARALLEL_WORK + code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=HERE,
-        env=environment | variables,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 class TestSetNumThreads:
@@ -115,10 +83,8 @@ class TestLimits:
 
     def test_affinity_at_import(self):
         pin = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        code = pin + PARALLEL_WORK + "bncore.set_num_threads(8); print(bncore.get_num_threads())"
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, timeout=60, cwd=HERE)
-        assert done.stdout == b"1\n", done.stderr
+        code = "bncore.set_num_threads(8); print(bncore.get_num_threads())"
+        assert int(run(code, before=pin)) == 1
 
     def test_affinity_is_read_again_when_threads_are_set(self):
         code = (
@@ -183,7 +149,6 @@ class TestCgroupQuota:
 
 
 FORK = """
-import signal
 expected = work()
 assert os_threads() > 1, "the parent has run nothing in parallel"
 child = os.fork()
@@ -257,19 +222,22 @@ print(low, still, bncore.get_num_threads())
     assert run(code, OMP_STACKSIZE="256M") == "1 1 2\n"
 
 
+LAYER = """
+import numpy as np, bncore
+x = np.random.default_rng(0).standard_normal((16, 64, 30, 30))
+bncore.batch_norm_backward(x, bncore.batch_norm(x, activation="relu")[1])
+x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+bncore.batch_norm_backward(x, bncore.batch_norm(x, axis=-1)[1])
+print("done")
+"""
+
+
 @pytest.mark.parametrize("stack", ["16k", "64k", "128k", "300k"])
 def test_small_stacks_of_threads_end_nothing(stack):
-    work = (
-        "import numpy as np, bncore\n"
-        "x = np.random.default_rng(0).standard_normal((16, 64, 30, 30))\n"
-        "y, saved = bncore.batch_norm(x, activation='relu')\n"
-        "bncore.batch_norm_backward(x, saved)\n"
-        "x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))\n"
-        "bncore.batch_norm_backward(x, bncore.batch_norm(x, axis=-1)[1])\n"
+    assert run(LAYER, OMP_STACKSIZE=stack) == "done\n"
+    in_a_thread = (
+        "threading.stack_size(131072)\n"
+        f"thread = threading.Thread(target=exec, args=({LAYER!r}, {{}}))\n"
+        "thread.start(); thread.join()\n"
     )
-    environment = {**os.environ, "OMP_STACKSIZE": stack}
-    subprocess.run([sys.executable, "-c", work], env=environment, check=True, timeout=60)
-    in_a_thread = f"import threading\nthreading.stack_size(131072)\nwork = {work!r}\n" + (
-        "t = threading.Thread(target=lambda: exec(work, {}))\nt.start()\nt.join()\n"
-    )
-    subprocess.run([sys.executable, "-c", in_a_thread], env=environment, check=True, timeout=60)
+    assert run(in_a_thread, OMP_STACKSIZE=stack) == "done\n"

@@ -107,6 +107,14 @@ MEMORY = ArrayMemory()
 """One for all tests: arrays call it when they are freed, however late."""
 
 
+@pytest.fixture(autouse=True)
+def only_young_objects():
+    """Collections pass over what was there before: a suite's thousands of tests take seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def array_bytes():
     """Bytes of array data that are allocated now."""
     gc.collect()

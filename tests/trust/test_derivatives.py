@@ -13,7 +13,7 @@ import bncore
 
 pytestmark = pytest.mark.derivatives
 
-CASES = range(count(104, 400))
+CASES = range(count(304, 1000))
 STEP = mpmath.mpf(10) ** -20
 
 
@@ -136,6 +136,23 @@ def test_what_must_cancel(backend, shape):
     assert (np.abs(dx.sum(axis=axes)) <= 1e-12 * total).all()
     x_hat = (x - saved.mean[column]) * saved.inv_std[column]
     assert (np.abs((dx * x_hat).sum(axis=axes)) <= 1e-4 * total).all()
+
+
+@pytest.mark.parametrize("shape", [(400, 7), (3, 5, 200), (33, 24, 49)])
+def test_a_gradient_far_from_zero(backend, shape):
+    """The mean of a float32 dy is subtracted in full, not rounded to float32 first."""
+    rng = np.random.default_rng(9)
+    x, dy = rng.standard_normal((2, *shape), np.float32)
+    dy += 1000
+    _, saved = bncore.batch_norm(x)
+    dx = bncore.batch_norm_backward(dy, saved).dx
+    axes = tuple(i for i in range(x.ndim) if i != 1)
+    column = (slice(None), *[None] * (x.ndim - 2))
+    x_hat = (x - saved.mean[column]) * saved.inv_std[column]
+    centred = dy - dy.mean(axis=axes, keepdims=True, dtype=np.float64)
+    slope = (centred * x_hat).mean(axis=axes, keepdims=True)
+    exact = saved.inv_std[column] * (centred - slope * x_hat)
+    assert np.abs(dx - exact).max() <= 1e-6 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1), ("clip", -0.5, 0.8)])
