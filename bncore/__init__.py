@@ -10,6 +10,7 @@ from bncore.derivatives import (
 )
 from bncore.functional import (
     Gradients,
+    InferenceGradients,
     Reduced,
     Saved,
     backward_apply,
@@ -32,6 +33,7 @@ __all__ = [
     "BatchNorm3d",
     "DoubleGradients",
     "Gradients",
+    "InferenceGradients",
     "Moments",
     "Reduced",
     "Saved",

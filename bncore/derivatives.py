@@ -19,7 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from bncore import _backend, _check, _layout
+from bncore._weights import Weights
 from bncore.functional import (
+    NO_EXTRAS,
     Saved,
     _fill,
     _fixed_statistics,
@@ -172,7 +174,7 @@ def batch_norm_inference_jvp(
     tangent_var = _check.per_channel(tangent_var, "tangent_var", shape)
     stats = np.stack([_parameter(mean), np.zeros(inv_std.shape), _parameter(var), inv_std])
     given = _Given(
-        x, axes, stats, gamma, beta, residual, residual is not None, activation, 1.0, None, None
+        x, axes, stats, gamma, beta, residual, residual is not None, None, activation, 1.0, None
     )
     others = _directions("tangent_", tangent_gamma, tangent_beta, tangent_residual, given)
     _check.output(
@@ -340,13 +342,13 @@ class _Given(NamedTuple):
     gamma: np.ndarray | None
     beta: np.ndarray | None
     residual: np.ndarray | None
+    """Where the pass was of given statistics: of others `bits` tells enough."""
     had_residual: bool
+    bits: np.ndarray | None
+    """Gates of the activation, see `bncore.functional.Extras`."""
     activation: tuple[int, float, float]
     count: float
-    weight: np.ndarray | None
-    """(N, S)"""
-    valid: np.ndarray | None
-    """(N, S)"""
+    weights: Weights | None
 
 
 class _Directions(NamedTuple):
@@ -367,22 +369,25 @@ class _Point:
 
     def __init__(self, given):
         self.layout = _layout.layout_of(given.x, given.axes)
-        self.valid = None if given.valid is None else given.valid[:, None]
+        self.weights = given.weights
+        weight = None if given.weights is None else given.weights.as_floats()[:, None]
+        self.valid = None if weight is None else weight >= 0
         # z is computed in the forward pass's type, so that the activation passes where it did.
         self.narrow = np.dtype(np.float64 if given.x.dtype.itemsize == 8 else np.float32)
         self.stats = given.stats
         self.mean, self.mean_lo, _, self.inv_std = given.stats
         extreme = (self.inv_std > 2.0**50) | (self.inv_std < 2.0**-50)
-        is_wide = given.weight is not None or extreme.any()
+        is_wide = weight is not None or extreme.any()
         self.wide = np.dtype(np.float64) if is_wide else self.narrow
         self.gamma, self.beta = _parameter(given.gamma), _parameter(given.beta)
         self.activation = given.activation
         self.count = given.count or 1.0  # where there is nothing, the sums are 0
-        self.share = None if given.weight is None else given.weight[:, None] / self.count
+        self.share = None if weight is None else np.maximum(weight, 0) / self.count
         self.threads = _threads(given.x)
         self.narrow_x = self._load(given.x)
         self.x = self._widened(self.narrow_x)
         self.residual = None if given.residual is None else self._load(given.residual)
+        self.bits = given.bits
 
     def load(self, array):
         """An array of x's shape."""
@@ -417,8 +422,8 @@ class _Point:
         if self.share is None:
             sums = np.empty((2, self.layout.shape[1]))
             _backend.active.gradient.backward(
-                t, self.x, self.stats, self.gamma, None, None, NO_ACTIVATION, self.count, out,
-                sums, self.threads,
+                t, self.x, None, self.stats, self.gamma, None, None, NO_ACTIVATION, self.count,
+                out, None, sums, self.threads,
             )  # fmt: skip
             return sums / self.count
         counts = self.share > 0  # what stands at weight 0 has no influence on a sum, be it NaN
@@ -486,8 +491,8 @@ class _Point:
 
     def _gate(self, values, out):
         _backend.active.gradient.activation_backward(
-            values, self.narrow_x, self.mean, self.mean_lo, self.inv_std, self.gamma, self.beta,
-            self.residual, self.activation, out, self.threads,
+            values, self.narrow_x, self.weights, self.mean, self.mean_lo, self.inv_std,
+            self.gamma, self.beta, self.residual, self.bits, self.activation, out, self.threads,
         )  # fmt: skip
         return out
 
@@ -503,24 +508,12 @@ def _arguments_of(saved):
         raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
     if saved.x is None:
         raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
-    plain = saved.x, saved.axes, saved.stats, saved.gamma, saved.beta
-    extras = saved.extras
-    if extras is None:
-        return _Given(*plain, None, False, NO_ACTIVATION, saved.values, None, None)
-    if extras.had_residual and extras.residual is None and extras.activation != NO_ACTIVATION:
-        raise ValueError("saved has no residual: the forward pass overwrote it (out=residual)")
+    extras = saved.extras or NO_EXTRAS
+    count = saved.values if extras.weights is None else extras.weights.total
     return _Given(
-        *plain, extras.residual, extras.had_residual, extras.activation, saved.values,
-        *_positions(extras),
+        saved.x, saved.axes, saved.stats, saved.gamma, saved.beta, None, extras.had_residual,
+        extras.bits, extras.activation, count, extras.weights,
     )  # fmt: skip
-
-
-def _positions(extras):
-    """Weights as (N, S), 0 where masked, and where positions are valid; None where all are."""
-    weight, valid = extras.weight, getattr(extras, "valid", None)
-    if weight is not None and valid is None and (weight < 0).any():
-        return np.maximum(weight, 0), weight >= 0
-    return weight, valid
 
 
 def _zero_unless(positions, values):

@@ -148,7 +148,7 @@ class Extras(NamedTuple):
     weights: Weights | None
 
 
-_NO_EXTRAS = Extras(NO_ACTIVATION, False, None, None)
+NO_EXTRAS = Extras(NO_ACTIVATION, False, None, None)
 
 
 def batch_norm(
@@ -323,7 +323,7 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
             )
 
     x, gamma, beta = saved.x, saved.gamma, saved.beta
-    extras = saved.extras or _NO_EXTRAS
+    extras = saved.extras or NO_EXTRAS
     dy = _check.same_shape(dy, "dy", x)
     _check.output(
         out, x, in_place={"dy": dy, "x": x},
@@ -490,12 +490,14 @@ def batch_norm_inference_backward(
     sums = np.empty((2, layout.shape[1])) if summing else None
     kernel_x, kernel_dz = _layout.to_kernel(x, layout), _layout.to_kernel(dy, layout)
     given = _parameter(mean), inv_std, _parameter(gamma), _parameter(beta)
+    scale = inv_std if gamma is None else given[2] * inv_std
+    factors = np.stack([-scale, -0.5 * scale * inv_std])
     dresidual = None
     if residual is not None:
         # What was added shifts the activation's input: its gradient comes first, by itself.
         dz = _Target(None, x, layout)
         _backend.active.gradient.activation_backward(
-            kernel_dz, kernel_x, given[0], None, *given[1:], _layout.to_kernel(residual, layout),
+            kernel_dz, kernel_x, None, given[0], None, *given[1:], _layout.to_kernel(residual, layout),
             None, activation, dz.kernel_array, _threads(x),
         )  # fmt: skip
         kernel_dz, activation = dz.kernel_array, NO_ACTIVATION
@@ -504,7 +506,7 @@ def batch_norm_inference_backward(
         kernel_dz, kernel_x, *given, activation, _kernel_array(target), sums, _threads(x)
     )
     if summing:
-        _fill_fixed(gradients, sums, inv_std, given[2])
+        _fill_fixed(gradients, sums, factors)
     return InferenceGradients(
         _finished(target), gradients["gamma"], gradients["beta"], dresidual, gradients["mean"],
         gradients["var"],
@@ -724,13 +726,13 @@ def _fill(gradient, sums):
             gradient[...] = sums.reshape(gradient.shape)
 
 
-def _fill_fixed(gradients, sums, inv_std, gamma):
-    """The gradients per channel where the statistics were given."""
-    scale = inv_std if gamma is None else gamma * inv_std
+def _fill_fixed(gradients, sums, factors):
+    """The gradients per channel where the statistics were given; the sums are used up."""
     _fill(gradients["beta"], sums[0])
     _fill(gradients["gamma"], sums[1])
-    _fill(gradients["mean"], -scale * sums[0])
-    _fill(gradients["var"], -0.5 * scale * inv_std * sums[1])
+    sums *= factors
+    _fill(gradients["mean"], sums[0])
+    _fill(gradients["var"], sums[1])
 
 
 def _required(value, name, shape):

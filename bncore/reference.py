@@ -176,8 +176,7 @@ def backward(
     mean, mean_lo, _, inv_std = stats
     gradient = dy.astype(np.float64)
     through = mean, mean_lo, inv_std, gamma, beta, None, bits, activation
-    activation_backward(gradient, x, *through, gradient)
-    gradient = _unmasked(gradient, weights)
+    activation_backward(gradient, x, weights, *through, gradient)
     if dz is not None:
         dz[...] = gradient
     if sums is None:
@@ -208,7 +207,7 @@ def fixed_backward(dy, x, mean, inv_std, gamma, beta, activation, dx, sums, num_
         As in `backward`.
     """
     dz = dy.astype(np.float64)
-    activation_backward(dz, x, mean, None, inv_std, gamma, beta, None, None, activation, dz)
+    activation_backward(dz, x, None, mean, None, inv_std, gamma, beta, None, None, activation, dz)
     if sums is not None:
         reduce(dz, x, mean, None, inv_std, sums)
     if dx is not None:
@@ -242,7 +241,8 @@ def move_running(running_mean, running_var, stats, momentum, unbias, spare):
 
 @np.errstate(all="ignore")
 def activation_backward(
-    dy, x, mean, mean_lo, inv_std, gamma, beta, residual, bits, activation, dz, num_threads=1
+    dy, x, weights, mean, mean_lo, inv_std, gamma, beta, residual, bits, activation, dz,
+    num_threads=1,
 ):
     """The gradient of ``activation(z)``: dz = dy where z passes, else 0 or slope dy.
 
@@ -253,6 +253,8 @@ def activation_backward(
     Parameters
     ----------
     dy, x : (N, C, S) array
+    weights : bncore._weights.Weights or None
+        dz is 0 where a position is masked.
     mean, inv_std : (C,) float64 array
     mean_lo, gamma, beta : (C,) float64 array or None
     residual : (N, C, S) array or None
@@ -263,13 +265,13 @@ def activation_backward(
     """
     code, slope, _ = activation
     if code == 0:
-        dz[...] = dy
+        dz[...] = _unmasked(dy, weights)
         return
     if bits is None:
         passes = _passes(_affine(x, mean, mean_lo, inv_std, gamma, beta, residual), activation)
     else:
         passes = np.unpackbits(bits, count=dy.size).reshape(dy.shape) == 1
-    dz[...] = np.where(passes, dy, slope * dy if code == 2 and slope else 0)
+    dz[...] = _unmasked(np.where(passes, dy, slope * dy if code == 2 and slope else 0), weights)
 
 
 def forward_plain(*arguments):

@@ -347,13 +347,13 @@ def apply(
 
 
 cdef int gate_as(
-    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters,
+    element* like, cnp.ndarray dy, cnp.ndarray x, weights, GradientParameters parameters,
     cnp.ndarray residual, cnp.ndarray bits, activation, cnp.ndarray dz, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
     input.residual, input.epilogue = read_only(view_of(residual, like)), epilogue_of(activation)
-    input.bits = bits_of(bits)
+    input.weights, input.bits = weights_of(weights, shape), bits_of(bits)
     cdef Grid grid = cells_of(input, shape)
     cdef View[element] dz_view = view_of(dz, like)
     cdef double* scratch = scratch_for(grid)
@@ -365,7 +365,7 @@ cdef int gate_as(
 
 
 def activation_backward(
-    cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
+    cnp.ndarray dy not None, cnp.ndarray x not None, weights, const double[::1] mean not None,
     const double[::1] mean_lo, const double[::1] inv_std not None, const double[::1] gamma,
     const double[::1] beta, cnp.ndarray residual, cnp.ndarray bits, activation,
     cnp.ndarray dz not None, int num_threads,
@@ -377,19 +377,19 @@ def activation_backward(
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
         gate_as(
-            <float*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+            <float*> NULL, dy, x, weights, parameters, residual, bits, activation, dz, num_threads
         )
     elif kind == FLOAT64:
         gate_as(
-            <double*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+            <double*> NULL, dy, x, weights, parameters, residual, bits, activation, dz, num_threads
         )
     elif kind == FLOAT16:
         gate_as(
-            <Half*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+            <Half*> NULL, dy, x, weights, parameters, residual, bits, activation, dz, num_threads
         )
     else:
         gate_as(
-            <BFloat16*> NULL, dy, x, parameters, residual, bits, activation, dz, num_threads
+            <BFloat16*> NULL, dy, x, weights, parameters, residual, bits, activation, dz, num_threads
         )
 
 

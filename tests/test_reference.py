@@ -92,6 +92,7 @@ def test_move_running():
 def test_activation_backward(activation, expected):
     z, dz = np.array([[[-1.0, 0.0, 3.0]]]), np.empty((1, 1, 3))
     reference.activation_backward(
-        np.ones((1, 1, 3)), z, np.zeros(1), None, np.ones(1), None, None, None, None, activation, dz
+        np.ones((1, 1, 3)), z, None, np.zeros(1), None, np.ones(1), None, None, None, None,
+        activation, dz,
     )
     np.testing.assert_array_equal(dz.ravel(), expected)

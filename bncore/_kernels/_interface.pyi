@@ -90,6 +90,7 @@ class Gradient(Protocol):
         self,
         dy: Values,
         x: Values,
+        weights: Weights | None,
         mean: Doubles,
         mean_lo: Doubles | None,
         inv_std: Doubles,
