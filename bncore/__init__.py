@@ -23,6 +23,7 @@ from bncore.functional import (
 )
 from bncore.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bncore.moments import Moments
+from bncore.presets import presets
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "batch_norm_jvp",
     "get_num_threads",
     "moments",
+    "presets",
     "set_num_threads",
     "show_config",
 ]

@@ -179,13 +179,9 @@ class BatchNorm(Layer):
             axes = _check.channel_axes(self.axis, x.ndim)
             weights = policies.used_weights(mask, sample_weight, x, axes)
             values = min(values, weights.size)
-        move = None
-        if self.training:
-            momentum = self._checked_momentum()
-            if values == 1 and not self._takes_single(x):
-                return self._normalize_fixed(x, residual, mask, sample_weight, out)
-            if values and self.update and self.track_running_stats:
-                move = self._prepared(momentum, self._unbias(values, weights), out)
+        if self.training and values == 1 and not self._takes_single(x):
+            return self._normalize_fixed(x, residual, mask, sample_weight, out)
+        move = self._prepared(values, weights, out)
         y, saved = batch_norm(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps, activation=self.activation,
             residual=residual, mask=mask, sample_weight=sample_weight, out=out,

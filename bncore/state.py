@@ -41,8 +41,9 @@ class Layer:
         self.single_value = single_value
         self.nan_policy = nan_policy
         self.update = True
-        self._given = None
-        self.momentum = self._checked_momentum()
+        self._known = None
+        self._check_policies()
+        self.momentum = self._momentum
         dtype = np.dtype(dtype)
         if dtype.name not in _check.FLOAT_NAMES:
             raise TypeError(f"dtype must be a float type, got {dtype}")
@@ -179,6 +180,7 @@ class Layer:
 
     def _checked(self, x):
         """``x`` as an array with this layer's channels."""
+        self._check_policies()
         x = x if type(x) is np.ndarray else _check.input_array(x)
         if self._ranks is not None and x.ndim not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
@@ -192,17 +194,16 @@ class Layer:
             raise ValueError(f"x must have channels {self.shape} on axis {axis}, got {shape}")
         return x
 
-    def _checked_momentum(self):
-        """The momentum, after a look at all policies, which may have been set by hand."""
+    def _check_policies(self):
+        """Refuse policies there are none of: they may have been set by hand since last time."""
         given = self.momentum, self.ddof, self.single_value, self.nan_policy, self.update
         try:
-            known = given == self._given
+            known = given == self._known
         except ValueError:  # an array among them
             known = False
         if not known:
             self._momentum = policies.check(self)
-            self._given = given
-        return self._momentum
+            self._known = given
 
     def _takes_single(self, x):
         """Whether a training batch of one value per channel is normalized by itself, or an error.
@@ -214,27 +215,27 @@ class Layer:
             raise ValueError(f"x must have more than 1 value per channel in training, got {got}")
         return self.single_value == "zero"
 
-    def _unbias(self, values, weights=None):
-        """Factor of a batch's biased variance, of so many values with these weights."""
-        if values < 2 or not self.ddof:
-            return 1.0
-        return values / (values - 1) if weights is None else policies.unbiasing(weights)
-
-    def _prepared(self, momentum, unbias, out):
-        """What it takes to move the running statistics, checked and allocated.
+    def _prepared(self, values, weights, out):
+        """What it takes to move the running statistics, checked and allocated; None if they stay.
 
         Parameters
         ----------
-        momentum : float or None
-        unbias : float
-            Factor of the biased variance.
+        values : int
+            Of the batch, per channel, with a weight above 0.
+        weights : (values,) array of float64, or None
+            None where all are alike.
         out : ndarray or None
             What is written before.
         """
+        if not (values and self.training and self.update and self.track_running_stats):
+            return None
         if type(self.num_batches_tracked) is not int:
             raise TypeError(f"num_batches_tracked must be an int, got {self.num_batches_tracked!r}")
         tracked = self.num_batches_tracked + 1
-        momentum = 1 / tracked if momentum is None else momentum
+        momentum = 1 / tracked if self._momentum is None else self._momentum
+        unbias = 1.0
+        if self.ddof and values > 1:
+            unbias = values / (values - 1) if weights is None else policies.unbiasing(weights)
         mean, var = self.running_mean, self.running_var
         if _backend.active.statistics.movable_plain(mean, var, out, self._channels):
             return momentum, unbias, tracked, None
