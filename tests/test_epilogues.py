@@ -124,6 +124,43 @@ def test_in_place_gives_the_same_bits(backend, layout, activation, has_residual)
         out[...] = kept
 
 
+def neighbours(x, count, dtype):
+    """The numbers of a type around x."""
+    below = above = np.asarray(x, dtype)
+    found = [below]
+    for _ in range(count):
+        below, above = np.nextafter(below, dtype(-np.inf)), np.nextafter(above, dtype(np.inf))
+        found += [below, above]
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_gradient_passes_where_the_value_did(backend, dtype, activation, has_residual):
+    """To the last bit: x runs over the numbers around those where the activation bends."""
+    if bncore.backend() == "numpy" and dtype == np.float32:
+        pytest.skip("the reference's z is float64: it is not the rounded one that bends")
+    rng = np.random.default_rng(9)
+    gamma, beta, mean = (rng.standard_normal(64) for _ in range(3))
+    var = rng.random(64) + 0.1
+    bends = [0.0] if activation != ACTIVATIONS[-1] else ACTIVATIONS[-1][1:]
+    centres = [(bend - beta) / gamma * np.sqrt(var + 1e-5) + mean for bend in bends]
+    x = np.concatenate([neighbours(centre, 40, dtype) for centre in centres])
+    residual = np.zeros_like(x) if has_residual else None
+    fixed = x, mean, var, gamma, beta
+    z = bncore.batch_norm_inference(*fixed, residual=residual)
+    g = bncore.batch_norm_inference_backward(
+        np.ones_like(x), *fixed, activation=activation, residual=residual
+    )
+    inside = np.ones(x.shape, bool)
+    if activation is not None:
+        low, high = ACTIVATIONS[-1][1:] if activation == ACTIVATIONS[-1] else (0.0, np.inf)
+        inside = (z > dtype(low)) & (z < dtype(high))
+    scale = (gamma / np.sqrt(var + 1e-5)).astype(dtype)
+    slope = activation[1] if isinstance(activation, tuple) and activation[0] != "clip" else 0
+    expected = np.where(inside, scale, scale * dtype(slope))
+    np.testing.assert_allclose(g.dx.astype(float), expected.astype(float), rtol=4e-3)
+
+
 @pytest.mark.parametrize("layout", ["C", "channels_last"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_the_residual_may_be_overwritten(backend, dtype, layout, activation, has_residual):
