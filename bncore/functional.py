@@ -497,8 +497,8 @@ def batch_norm_inference_backward(
         # What was added shifts the activation's input: its gradient comes first, by itself.
         dz = _Target(None, x, layout)
         _backend.active.gradient.activation_backward(
-            kernel_dz, kernel_x, None, given[0], None, *given[1:], _layout.to_kernel(residual, layout),
-            None, activation, dz.kernel_array, _threads(x),
+            kernel_dz, kernel_x, None, given[0], None, *given[1:],
+            _layout.to_kernel(residual, layout), None, activation, dz.kernel_array, _threads(x),
         )  # fmt: skip
         kernel_dz, activation = dz.kernel_array, NO_ACTIVATION
         dresidual = dz.finish() if "residual" in wanted else None
