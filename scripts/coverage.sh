@@ -9,8 +9,19 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 scripts/build_copy.sh "$work" "$tier" "--coverage -fprofile-update=atomic"
 cd "$work"
-python -m coverage run --branch --source=bncore --omit="bncore/bench/*,bncore/demo/*" \
-  -m pytest -q -p no:cacheprovider "$@" || echo "some tests fail: see above"
+cat >coverage.ini <<'END'
+[run]
+branch = true
+source = bncore
+omit = */bncore/bench/*, */bncore/demo/*
+parallel = true
+patch = subprocess
+[paths]
+source = bncore, */bncore
+END
+export COVERAGE_RCFILE="$work/coverage.ini"
+python -m coverage run -m pytest -q -p no:cacheprovider "$@" || echo "some tests fail: see above"
+python -m coverage combine --quiet
 python -m coverage report --show-missing
 find build -name "*.gcda" -path "*src*" | xargs gcov --stdout --relative-only --json-format \
   | python scripts/gcov_report.py

@@ -129,6 +129,7 @@ BAD = {
     "eps True": (TypeError, "eps must be a real", lambda s: s.forward(eps=True)),
     "eps complex": (TypeError, "eps must be a real", lambda s: s.forward(eps=1j)),
     "eps an array": (TypeError, "eps must be a real", lambda s: s.forward(eps=np.ones(3))),
+    "eps beyond float64": (ValueError, "eps must be a number that", lambda s: s.forward(eps=10**400)),
     "eps in inference": (ValueError, "eps must be positive", lambda s: s.inference(eps=0.0)),
     # gamma, beta
     "gamma too short": (ValueError, "gamma must have", lambda s: s.forward(gamma=s.gamma[:2])),
@@ -177,6 +178,10 @@ BAD = {
         ValueError, "residual",
         lambda s: s.forward(x=s.x[1:], residual=s.residual[1:], out=s.residual[:-1]),
     ),
+    "mask with a mask": (
+        TypeError, "mask must be a plain", lambda s: s.forward(mask=np.ma.array(s.mask)),
+    ),
+    "mask ragged": (ValueError, "mask must be an array", lambda s: s.forward(mask=[[1], [1, 0]])),
     "mask of ints": (TypeError, "mask must have", lambda s: s.forward(mask=s.mask.astype(int))),
     "mask of another shape": (ValueError, "mask must", lambda s: s.forward(mask=s.mask[:5])),
     "mask per channel": (ValueError, "mask must", lambda s: s.forward(mask=s.x > 0)),
@@ -209,6 +214,7 @@ BAD = {
     "fixed var negative": (ValueError, "var", lambda s: s.inference_backward(var=-s.var)),
     "inv_std None": (TypeError, "inv_std must", lambda s: s.reduce(inv_std=None)),
     "sums of another shape": (ValueError, "sum_dy", lambda s: s.apply(sum_dy=np.ones(2))),
+    "count no number": (TypeError, "count must be", lambda s: s.apply(count="many")),
     "count 0": (ValueError, "count must be", lambda s: s.apply(count=0)),
     "count negative": (ValueError, "count must be", lambda s: s.apply(count=-3)),
     "count NaN": (ValueError, "count must be", lambda s: s.apply(count=NAN)),
@@ -251,13 +257,25 @@ def test_bad_argument(backend, what):
 
 
 def test_odd_but_good_outputs_are_taken(backend):
-    """Unaligned and sliced outputs are no error: the same bits arrive there."""
+    """Unaligned and sliced outputs, and x's neighbours in memory: the same bits arrive there."""
     scene = Scene()
     expected, _ = bncore.batch_norm(scene.x, scene.gamma, scene.beta)
-    for out in (unaligned(scene.x), np.zeros((6, 3, 5, 2), np.float32)[..., :1]):
-        y, _ = scene.forward(out=out)
+    both = np.repeat(scene.x, 2, axis=3)
+    for x, out in [
+        (scene.x, unaligned(scene.x)),
+        (scene.x, np.zeros((6, 3, 5, 2), np.float32)[..., :1]),
+        (both[..., ::2], both[..., 1::2]),
+    ]:
+        y, _ = scene.forward(x=x, out=out)
         assert y is out
         np.testing.assert_array_equal(y, expected)
+
+
+def test_no_channel_needs_no_count(backend):
+    x = np.ones((4, 0))
+    none = np.ones(0)
+    dx = bncore.backward_apply(x, x, none, none, none, none, none, count=none)
+    assert dx.shape == x.shape
 
 
 class TestLayerArrays:
