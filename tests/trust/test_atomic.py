@@ -129,7 +129,7 @@ BAD = {
     "eps True": (TypeError, "eps must be a real", lambda s: s.forward(eps=True)),
     "eps complex": (TypeError, "eps must be a real", lambda s: s.forward(eps=1j)),
     "eps an array": (TypeError, "eps must be a real", lambda s: s.forward(eps=np.ones(3))),
-    "eps beyond float64": (ValueError, "eps must be a number that", lambda s: s.forward(eps=10**400)),
+    "eps beyond float64": (ValueError, "eps must be a number", lambda s: s.forward(eps=10**400)),
     "eps in inference": (ValueError, "eps must be positive", lambda s: s.inference(eps=0.0)),
     # gamma, beta
     "gamma too short": (ValueError, "gamma must have", lambda s: s.forward(gamma=s.gamma[:2])),
