@@ -88,3 +88,12 @@ def test_other_import_errors_are_not_hidden(monkeypatch):
     monkeypatch.setattr(cli, "import_module", broken)
     with pytest.raises(ImportError, match="libbroken"):
         cli.main(["demo"])
+
+
+def test_an_interrupt_ends_a_command_as_in_a_shell(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bncore, "show_config", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr() == ("", "")
