@@ -21,6 +21,7 @@ from bncore.functional import (
     batch_norm_inference_backward,
     moments,
 )
+from bncore.inplace import InPlaceBatchNorm
 from bncore.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bncore.moments import Moments
 from bncore.presets import presets
@@ -34,6 +35,7 @@ __all__ = [
     "BatchNorm3d",
     "DoubleGradients",
     "Gradients",
+    "InPlaceBatchNorm",
     "InferenceGradients",
     "Moments",
     "Reduced",

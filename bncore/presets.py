@@ -7,8 +7,9 @@ terms: ``momentum`` is the weight of the newest batch, 1 minus what most call mo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 _CONVENTIONS: dict[str, dict[str, Any]] = {
     # torch.nn.BatchNorm1d and its like
@@ -25,18 +26,39 @@ _CONVENTIONS: dict[str, dict[str, Any]] = {
     "mxnet": {"axis": 1, "eps": 1e-3, "momentum": 0.1, "ddof": 0, "single_value": "zero"},
 }
 
-presets: Final = MappingProxyType(
-    {name: MappingProxyType(arguments) for name, arguments in _CONVENTIONS.items()}
-)
-"""Arguments of a layer that behaves as another library's does by default, by its name.
 
-Examples
---------
->>> import bncore
->>> sorted(bncore.presets)
-['chainer', 'flax', 'keras', 'mxnet', 'onnx', 'pytorch']
->>> bncore.BatchNorm(64, **bncore.presets["keras"]).eps
-0.001
->>> bncore.BatchNorm(64, **{**bncore.presets["keras"], "axis": 1}).axis
-1
-"""
+class Presets(Mapping[str, Mapping[str, Any]]):
+    """Arguments of a layer that behaves as another library's does by default, by its name.
+
+    Read-only; of "pytorch", "keras", "flax", "onnx", "chainer" and "mxnet".
+
+    Examples
+    --------
+    >>> import bncore
+    >>> bncore.BatchNorm(64, **bncore.presets["keras"]).eps
+    0.001
+    >>> bncore.BatchNorm(64, **{**bncore.presets["keras"], "axis": 1}).axis
+    1
+    """
+
+    def __init__(self, conventions: Mapping[str, Mapping[str, Any]]) -> None:
+        self._conventions = {name: MappingProxyType(dict(c)) for name, c in conventions.items()}
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        try:
+            return self._conventions[name]
+        except (KeyError, TypeError):
+            known = ", ".join(map(repr, self._conventions))
+            raise KeyError(f"there are the presets {known}, not {name!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._conventions)
+
+    def __len__(self) -> int:
+        return len(self._conventions)
+
+    def __repr__(self) -> str:
+        return f"Presets({', '.join(map(repr, self._conventions))})"
+
+
+presets = Presets(_CONVENTIONS)

@@ -201,6 +201,10 @@ def test_are_all_there_and_read_only():
         bncore.presets["mine"] = {}
     with pytest.raises(TypeError):
         bncore.presets["keras"]["eps"] = 1.0
+    with pytest.raises(KeyError, match="there are the presets 'pytorch', .*, not 'keras2'"):
+        bncore.presets["keras2"]
+    assert repr(bncore.presets).startswith("Presets('pytorch', ")
+    assert len(bncore.presets) == 6
 
 
 def test_pytorch_is_the_default():

@@ -87,7 +87,7 @@ def pairs(module, body):
 
 
 @pytest.mark.parametrize(
-    "name", ["derivatives", "functional", "layers", "moments", "state", "testing"]
+    "name", ["derivatives", "functional", "inplace", "layers", "moments", "state", "testing"]
 )
 def test_public_modules(name):
     module = importlib.import_module(f"bncore.{name}")
@@ -104,7 +104,13 @@ def test_public_modules(name):
 def test_public_names_are_typed():
     typed = {
         node.name
-        for stub in ("derivatives.pyi", "functional.pyi", "layers.pyi", "moments.pyi")
+        for stub in (
+            "derivatives.pyi",
+            "functional.pyi",
+            "inplace.pyi",
+            "layers.pyi",
+            "moments.pyi",
+        )
         for node in tree(stub)
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }

@@ -1,0 +1,309 @@
+"""The memory-saving layer: y takes the place of x, and the backward pass works from y.
+
+Rota Bulo, Porzi & Kontschieder (2018) keep of a layer its output alone, which the next layer keeps
+anyway, and get the normalized input back from it::
+
+    z = activation^-1(y)        x' = (z - beta) / gamma
+
+y is rounded, and what rounding took from it is divided by gamma: x' comes back to within about
+``u (|beta| / |gamma| + |x'|)``, u being the type's unit roundoff. Where that loses more bits than
+`_BITS` a call is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from bncore import _check
+from bncore.functional import (
+    backward_apply,
+    backward_reduce,
+    batch_norm,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+)
+from bncore.state import Layer
+
+_BITS = {"float64": 20, "float32": 8, "float16": 3, "bfloat16": 3}
+"""How many bits x' may lose beside y: ``|beta| / |gamma| + 1`` is at most 2 to the power of it."""
+
+_TINY = {"float64": 2.0**-500, "float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+"""What y of 1 standard deviation may be at least: the smallest normal number, below which u grows.
+In float64 products of gamma and gamma must not vanish either."""
+
+_PIECE = 1 << 18
+"""Values that are brought back at a time."""
+
+_NOTHING = 1e-300
+"""An eps without effect on a variance of 1."""
+
+
+class InPlaceBatchNorm(Layer):
+    """Batch normalization that overwrites x with y and keeps nothing else of its size.
+
+    `BatchNorm` keeps x for the backward pass beside y, which the next layer keeps. This layer keeps
+    y alone and computes what it needs of x from it, so that a network takes about half the memory.
+
+    Parameters
+    ----------
+    num_features, axis, eps, momentum, affine, track_running_stats, dtype
+        As in `BatchNorm`.
+    ddof, single_value, nan_policy
+        As in `BatchNorm`.
+    activation : None or ("leaky_relu", slope)
+        Applied to the output; slope must be above 0, so that it can be inverted.
+
+    Attributes
+    ----------
+    gamma, beta, running_mean, running_var, num_batches_tracked, grad_gamma, grad_beta, training,
+    update
+        As in `BatchNorm`.
+
+    Notes
+    -----
+    y is rounded to x's type, so x' comes back from it with an error of about ``u (|beta| / |gamma|
+    + |x'|)`` where u is half the spacing of numbers at 1, and dx takes over the relative error. In
+    training a channel must have
+
+    - ``|beta| / |gamma| + 1`` of at most 2^20 in float64, 2^8 in float32, 2^3 in float16 and
+      bfloat16: x' is then right to 1e-10, 2e-5, 4e-3 and 3e-2; and
+    - ``|gamma| min(slope, 1)`` of at least the smallest normal number, 2^-14 in float16 and 2^-126
+      in float32 and bfloat16; in float64 2^-500, and gamma of at most 2^500.
+
+    Else the call is refused. Values of y beyond the type's range are infinite and do not come back.
+
+    The layer keeps y, not a copy of it: if y is changed before `backward`, the gradient is another.
+
+    References
+    ----------
+    Rota Bulo, Porzi & Kontschieder, "In-place activated batchnorm for memory-optimized training of
+    DNNs", 2018.
+
+    Examples
+    --------
+    >>> import bncore, numpy as np
+    >>> layer = bncore.InPlaceBatchNorm(1, activation=("leaky_relu", 0.1))
+    >>> x = np.array([[0.0], [2.0]], np.float32)
+    >>> y = layer(x)
+    >>> y is x, y.round(3).ravel()
+    (True, array([-0.1,  1. ], dtype=float32))
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.grad_gamma.round(3), layer.grad_beta.round(3)
+    (array([0.9], dtype=float32), array([1.1], dtype=float32))
+    """
+
+    def __call__(self, x):
+        """Normalize ``x`` and write the result over it.
+
+        Parameters
+        ----------
+        x : ndarray
+            Writeable, in native byte order, no two elements at one place.
+
+        Returns
+        -------
+        ndarray
+            x.
+
+        Raises
+        ------
+        ValueError, TypeError
+            In training where gamma is too small to get x back, and where there is one value per
+            channel and ``single_value`` is "raise"; and for an x that can not be written to. x and
+            the layer are as they were then.
+        """
+        values = self._overwritable(x)
+        if not (self.training or not self.track_running_stats):
+            return self._normalize_fixed(x)
+        if self.training and values == 1 and not self._takes_single(x):
+            return self._normalize_fixed(x)
+        gamma, beta = self._parameters()
+        _check_invertible(gamma, beta, self.activation, x.dtype)
+        move = self._prepared(values, None, x)
+        _, saved = batch_norm(
+            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, activation=self.activation,
+            out=x,
+        )  # fmt: skip
+        if move is not None:
+            self._move(saved, move)
+        self._forward = _Kept(x, gamma, beta, saved.inv_std, self.activation, True)
+        return x
+
+    def backward(self, dy, *, out=None):
+        """The gradient of the latest call's input; sets ``grad_gamma`` and ``grad_beta``.
+
+        Parameters
+        ----------
+        dy : array_like
+            Gradient of the loss with respect to the output, in x's shape and dtype.
+        out : ndarray, optional
+            Takes dx; may be dy, or y, after which there is no other backward pass.
+
+        Returns
+        -------
+        ndarray
+
+        Raises
+        ------
+        ValueError, TypeError
+            Before the first call, after a pass over y; after a call in evaluation where gamma is
+            too small to get x back; and for a dy or out that does not fit. Nothing has been
+            written then.
+        """
+        kept = self._forward
+        if kept is None:
+            raise ValueError("backward needs a call of the layer before it, whose y is still there")
+        dy = _check.same_shape(dy, "dy", kept.y)
+        _check.output(out, kept.y, in_place={"dy": dy, "y": kept.y}, read={})
+        _check_invertible(kept.gamma, kept.beta, kept.activation, kept.y.dtype)
+        axes = _check.channel_axes(self.axis, kept.y.ndim)
+        dx = np.empty_like(kept.y, subok=False) if out is None else out
+        sum_dz, sum_dz_xhat = _write_gradient(dy, kept, axes, dx)
+        if np.may_share_memory(dx, kept.y):
+            self._forward = None
+        self.grad_beta = _like(self.beta, sum_dz)
+        self.grad_gamma = _like(self.gamma, sum_dz_xhat)
+        return dx
+
+    def _activation(self, activation):
+        code, slope, _ = _check.activation(activation)
+        if code == 0 or (code == 2 and slope > 0):
+            return activation
+        raise ValueError(
+            "activation must be None or ('leaky_relu', slope) with a slope above 0, which can be "
+            f"inverted, got {activation!r}"
+        )
+
+    def _overwritable(self, x):
+        """The number of values per channel of an x that can be written to."""
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"x must be an ndarray, which is overwritten, got {type(x).__name__}")
+        self._activation(self.activation)
+        _check.output(x, self._checked(_check.input_array(x)), in_place={}, read={}, name="x")
+        return x.size // self._channels if x.size else 0
+
+    def _normalize_fixed(self, x):
+        """The call by the running statistics; gamma is looked at when it comes to the gradient."""
+        if self.running_mean is None or self.running_var is None:
+            raise TypeError("running_mean and running_var must be arrays in evaluation, got None")
+        gamma, beta = self._parameters()
+        with np.errstate(all="ignore"):
+            inv_std = 1 / np.sqrt(np.asarray(self.running_var, np.float64) + self.eps)
+        batch_norm_inference(
+            x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
+            eps=self.eps, activation=self.activation, out=x,
+        )  # fmt: skip
+        self._forward = _Kept(x, gamma, beta, inv_std, self.activation, False)
+        return x
+
+    def _parameters(self):
+        """gamma and beta as float64 copies, which the backward pass needs as they are now."""
+        gamma = _check.per_channel(self.gamma, "gamma", self.shape)
+        beta = _check.per_channel(self.beta, "beta", self.shape)
+        return (
+            np.ones(self.shape) if gamma is None else gamma.astype(np.float64),
+            np.zeros(self.shape) if beta is None else beta.astype(np.float64),
+        )
+
+
+class _Kept(NamedTuple):
+    """What a call keeps for `InPlaceBatchNorm.backward`."""
+
+    y: np.ndarray
+    gamma: np.ndarray
+    beta: np.ndarray
+    inv_std: np.ndarray
+    activation: tuple | None
+    by_batch: bool
+    """Whether the statistics were the batch's, so that the gradient goes through them."""
+
+
+def _check_invertible(gamma, beta, activation, dtype):
+    """Refuse channels whose x' does not come back from y; see `InPlaceBatchNorm`."""
+    largest_ratio = 2.0 ** _BITS[dtype.name] - 1
+    smallest = _TINY[dtype.name] / (1 if activation is None else min(1, activation[1]))
+    size = np.abs(gamma)
+    with np.errstate(invalid="ignore"):
+        back = (np.abs(beta) <= largest_ratio * size) & (size >= smallest) & (size <= 2.0**500)
+    if not back.all():
+        bad = [
+            str(*index) if len(index) == 1 else str(tuple(index))
+            for index in np.argwhere(~back).tolist()
+        ]
+        raise ValueError(
+            f"gamma must be at least |beta| / {largest_ratio:.0f} and {smallest:.3g} to get x back "
+            f"from y in {dtype.name}; it is not in channel{'s' * (len(bad) > 1)} "
+            + ", ".join(bad[:8] + ["..."] * (len(bad) > 8))
+        )
+
+
+def _write_gradient(dy, kept, axes, dx):
+    """Write dx piece by piece; returns the gradients of beta and gamma.
+
+    ::
+
+        dx = gamma inv_std (dz - (sum dz + x' sum dz x') / n)        x' = (z - beta) / gamma
+
+    The statistics of z stand for those of x: mean beta, 1 / |gamma| for inv_std. That is x' but for
+    gamma's sign, which x' times a sum of x' does not show.
+    """
+    size = np.abs(kept.gamma)
+    of_z = kept.beta, 1 / size
+    scale = kept.gamma * size * kept.inv_std
+    sums = np.zeros((2, *size.shape))
+    pieces = list(_pieces(kept.y, kept.activation, axes))
+    for piece in pieces:
+        part = _before_activation(dy[piece], kept.y[piece], kept.activation, axes)
+        with np.errstate(invalid="ignore"):
+            sums += backward_reduce(*part, *of_z, axis=axes)
+    through = sums if kept.by_batch else np.zeros_like(sums)
+    count = kept.y.size / max(size.size, 1)
+    for piece in pieces:
+        part = _before_activation(dy[piece], kept.y[piece], kept.activation, axes)
+        direct = part[1].dtype == dx.dtype
+        result = backward_apply(
+            *part, *of_z, scale, *through, count, axis=axes, out=dx[piece] if direct else None
+        )
+        if not direct:
+            with np.errstate(all="ignore"):
+                dx[piece] = result
+    return sums[0], np.sign(kept.gamma) * sums[1]
+
+
+def _before_activation(dy, y, activation, axes):
+    """dz and z, which `activation` makes y of; halves become float32, not to be rounded again."""
+    if activation is None:
+        return dy, y
+    if y.dtype.itemsize == 2:
+        dy, y = dy.astype(np.float32), y.astype(np.float32)
+    name, slope = activation
+    shape = tuple(y.shape[axis] for axis in axes)
+    alone = {"mean": np.zeros(shape), "var": np.ones(shape), "axis": axes, "eps": _NOTHING}
+    # The sign of z is that of y, and all that the gradient of the activation looks at.
+    dz = batch_norm_inference_backward(dy, y, activation=activation, **alone).dx
+    return dz, batch_norm_inference(y, activation=(name, 1 / slope), **alone)
+
+
+def _pieces(y, activation, axes):
+    """Indices of parts of y whose z is computed at a time, so that no array of y's size is made."""
+    if activation is None:
+        return [(slice(None),) * y.ndim]
+    lengths = list(y.shape)
+    free = [axis for axis in range(y.ndim) if axis not in axes]
+    for axis in sorted(free, key=lambda axis: -abs(y.strides[axis])):
+        rest = math.prod(lengths) // max(lengths[axis], 1)
+        lengths[axis] = max(1, min(lengths[axis], _PIECE // max(rest, 1)))
+    starts = itertools.product(*(range(0, n, max(step, 1)) for n, step in zip(y.shape, lengths)))
+    return [tuple(map(slice, start, map(sum, zip(start, lengths)))) for start in starts]
+
+
+def _like(parameter, gradient):
+    """A gradient in its parameter's type; None where there is none."""
+    if parameter is None:
+        return None
+    with np.errstate(all="ignore"):
+        return gradient.astype(np.asarray(parameter).dtype.newbyteorder("="))
