@@ -92,5 +92,5 @@ def test_the_reference_lists_everything_as_it_is():
             listed[entry.partition("(")[0]] = entry
     assert sorted(listed) == sorted(bncore.__all__)
     for name, entry in listed.items():
-        assert entry in (name, signature(name))
-    assert sum("(" in entry for entry in listed.values()) >= len(listed) - 4
+        assert entry == name or entry == signature(name)
+    assert sum("(" in entry for entry in listed.values()) >= len(listed) - 5
