@@ -191,11 +191,12 @@ class InPlaceBatchNorm(Layer):
         if self.running_mean is None or self.running_var is None:
             raise TypeError("running_mean and running_var must be arrays in evaluation, got None")
         gamma, beta = self._parameters()
+        eps = _check.positive(self.eps, "eps")
         with np.errstate(all="ignore"):
-            inv_std = 1 / np.sqrt(np.asarray(self.running_var, np.float64) + self.eps)
+            inv_std = 1 / np.sqrt(np.asarray(self.running_var, np.float64) + eps)
         batch_norm_inference(
             x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
-            eps=self.eps, activation=self.activation, out=x,
+            eps=eps, activation=self.activation, out=x,
         )  # fmt: skip
         self._forward = _Kept(x, gamma, beta, inv_std, self.activation, False)
         return x

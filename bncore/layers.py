@@ -95,6 +95,12 @@ class BatchNorm(Layer):
     >>> dx = layer.backward(np.ones_like(y))
     >>> layer.grad_beta
     array([2., 2.], dtype=float32)
+
+    A last batch of one, and a running variance that is biased:
+
+    >>> layer = bncore.BatchNorm(2, single_value="zero", ddof=0)
+    >>> layer(np.array([[7.0, 9.0]], np.float32)), layer.running_var
+    (array([[0., 0.]], dtype=float32), array([0.9, 0.9], dtype=float32))
     """
 
     def __call__(self, x, *, residual=None, mask=None, sample_weight=None, out=None):
@@ -228,10 +234,9 @@ class BatchNorm(Layer):
         if fixed.hidden is not None:
             dy = np.where(fixed.hidden, x.dtype.type(0), _check.same_shape(dy, "dy", x))
             x = np.where(fixed.hidden, x.dtype.type(0), x)
-        extras = {} if residual is None else {"residual": residual}
         g = batch_norm_inference_backward(
             dy, x, fixed.mean, fixed.var, self.gamma, self.beta, axis=self.axis, eps=self.eps,
-            activation=self.activation, out=out, **extras,
+            activation=self.activation, residual=residual, out=out,
         )  # fmt: skip
         _hide(g.dx, fixed.hidden)
         _hide(g.dresidual, fixed.hidden)
