@@ -11,6 +11,7 @@ bits.  x' is never stored; the sums are taken of dy (x - mean) and scaled by inv
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
+from libc.math cimport INFINITY
 
 from arguments cimport (
     FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of, equal_weights,
@@ -459,7 +460,8 @@ cdef int backward_with_scratch(
     parameters.inv_std = stats + 3 * shape.channels
     parameters.gamma, parameters.beta = gamma, beta
     parameters.sum_dy, parameters.sum_dy_xhat = sums, sums + shape.channels
-    parameters.count = count
+    # Where no position counts the statistics are constants: nothing is shared out.
+    parameters.count = count if count > 0 else INFINITY
     cdef double* sum_dy = sums
     cdef double* sum_dy_xhat = sums + shape.channels
     cdef double* partial = scratch_for(grid)

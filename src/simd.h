@@ -296,16 +296,35 @@ template <> struct Element<double> {
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 
-inline Floats widen(Bits16 v, BFloat16) {
-  return (Floats)(__builtin_convertvector(v, Bits32) << 16);
+/* Each 16 bits in 32, and back where the upper half is 0. */
+inline Bits32 spread(Bits16 v) {
+#if defined(__AVX512VL__)
+  return (Bits32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (Bits32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, Bits32);
+#endif
 }
+
+inline Bits16 gather(Bits32 v) {
+#if defined(__AVX512VL__)
+  return (Bits16)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i all = (__m256i)v;
+  return (Bits16)_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+#else
+  return __builtin_convertvector(v, Bits16);
+#endif
+}
+
+inline Floats widen(Bits16 v, BFloat16) { return (Floats)(spread(v) << 16); }
 
 inline Bits16 narrow(Floats v, BFloat16) {
   Bits32 bits = (Bits32)v;
   Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   Bits32 quiet_nan = (bits >> 16) | 0x40;
-  Bits32 is_nan = (Bits32)(v != v);
-  return __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), Bits16);
+  return gather(v != v ? quiet_nan : rounded);
 }
 
 inline Floats widen(Bits16 v, Half) {

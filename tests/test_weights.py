@@ -147,6 +147,18 @@ def test_all_masked(backend, dtype):
     assert (saved.count == 0).all() and np.isfinite(saved.stats).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_position_has_weight(backend, dtype):
+    """Mean and variance are 0 then, and constants."""
+    x, dy, gamma, beta = arguments((4, 6, 7), 1, dtype)
+    y, saved = bncore.batch_norm(x, gamma, beta, sample_weight=np.zeros((4, 1, 7)))
+    g = bncore.batch_norm_backward(dy, saved)
+    scale = (gamma / np.sqrt(1e-5))[:, None]
+    np.testing.assert_allclose(y, x * scale + beta[:, None], rtol=1e-5)
+    np.testing.assert_allclose(g.dx, dy * scale, rtol=1e-5)
+    assert (saved.count == 0).all() and (saved.mean == 0).all() and (saved.var == 0).all()
+
+
 def test_a_weight_of_two_is_the_sample_twice(backend):
     x, dy, gamma, beta = arguments((6, 4, 3), 1)
     weight = np.array([2, 1, 1, 3, 0, 1])[:, None, None]
