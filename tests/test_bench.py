@@ -9,9 +9,12 @@ import sys
 import numpy as np
 import pytest
 
+import bncore
 from bncore import cli
 from bncore.bench import (
+    comparisons,
     disturbance,
+    features,
     goals,
     markdown,
     outcome,
@@ -376,3 +379,128 @@ def test_threads_are_compared_with_one():
     alone = runner.Result(case(shape), {"bncore": 1.9})
     check = of("by one thread, geometric mean", [alone, row({}, shape, threads=2)])
     assert check.reached == pytest.approx(1.9) and check.holds
+
+
+# --------------------------------------------------------------------------------------- features
+
+CACHES = {"own_cache": 1 << 19, "last_cache": 1 << 25}
+SETTINGS = [(SHAPE, "channels_first"), (SHAPE, "channels_last"), ((9, 4), "channels_first")]
+FEATURES = comparisons.cases(SETTINGS, comparisons.DIRECTIONS, [1])
+
+
+def result_of(call, out):
+    """What a call leaves in the array given, or else returns."""
+    out[...] = np.nan
+    returned = call()
+    if not np.isnan(out).all():
+        return out.astype(np.float64)
+    return (returned if isinstance(returned, np.ndarray) else returned[0]).astype(np.float64)
+
+
+@pytest.mark.parametrize("given", FEATURES, ids=str)
+def test_what_is_compared_computes_the_same(given, backend):
+    arrays = comparisons.arrays_of(given)
+    calls = comparisons.calls_of(given, arrays)
+    pairs = [
+        (comparisons.RELU, comparisons.RELU_AFTER, 1e-6),
+        (comparisons.ADD_RELU, comparisons.ADD_RELU_AFTER, 1e-6),
+        (comparisons.FRESH, comparisons.PLAIN, 1e-6),
+        (comparisons.IN_PLACE, comparisons.PLAIN, 1e-4),
+        (comparisons.FIXED_X, comparisons.FIXED, 1e-6),
+    ]
+    for feature, against, tolerance in pairs:
+        if feature in calls:
+            one, other = (
+                result_of(calls[feature], arrays.out),
+                result_of(calls[against], arrays.out),
+            )
+            np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+    plain = result_of(calls[comparisons.PLAIN], arrays.out)
+    assert not np.allclose(plain, result_of(calls[comparisons.RELU], arrays.out))
+    for half in set(comparisons.HALVES) & set(calls):
+        returned = calls[half]()
+        y = returned if isinstance(returned, np.ndarray) else returned[0]
+        assert y.dtype.itemsize == 2
+        np.testing.assert_allclose(y.astype(np.float64), plain, rtol=0.1, atol=0.1)
+
+
+def test_gradients_not_chosen_are_not_computed(backend):
+    [given] = comparisons.cases([(SHAPE, "channels_first")], ["backward"], [1])
+    calls = comparisons.calls_of(given, comparisons.arrays_of(given))
+    alone, whole = calls[comparisons.PARAMETERS](), calls[comparisons.PLAIN]()
+    assert alone.dx is None
+    np.testing.assert_array_equal(alone.dgamma, whole.dgamma)
+    fixed = calls[comparisons.FIXED_X]()
+    assert fixed.dgamma is fixed.dbeta is None and calls[comparisons.FIXED]().dgamma is not None
+
+
+def test_in_place_again_and_again_neither_overflows_nor_vanishes():
+    for given in FEATURES:
+        arrays = comparisons.arrays_of(given)
+        again = comparisons.calls_of(given, arrays)[comparisons.IN_PLACE]
+        first = result_of(again, arrays.out)
+        for _ in range(3000):
+            last = again()
+        last = last if isinstance(last, np.ndarray) else last[0]
+        np.testing.assert_allclose(np.abs(last).max() / np.abs(first).max(), 1, atol=0.1)
+
+
+@pytest.mark.parametrize("given", FEATURES, ids=str)
+def test_every_ratio_of_features_is_measured(given):
+    comparison = comparisons.prepare(given, CACHES)
+    found = features.measure(comparison, rounds=1, seconds=1e-4)
+    assert [(c.feature, c.against) for c in found] == [r[:2] for r in comparison.ratios]
+    assert len(found) >= 7
+    assert all(math.isfinite(c.ratio) and c.ratio > 0 for c in found)
+
+
+def test_ratios_are_of_times_and_scaled():
+    calls = {"slow": (lambda n: 3.0 * n, lambda n: 2.0 * n), "fast": (lambda n: 1.0 * n,)}
+    ratios = [comparisons.Ratio("slow", "fast", 1.1, 4.0), comparisons.Ratio("slow", "fast", 1.1)]
+    half, double = features.measure(
+        comparisons.Comparison(case(), calls, ratios), rounds=3, seconds=0.1
+    )
+    assert (half.seconds, half.base, half.ratio, half.missed) == (2.0, 4.0, 0.5, False)
+    assert (double.ratio, double.missed) == (2.0, True)
+
+
+@pytest.mark.parametrize(
+    ("own_cache", "direction", "bytes_per_element"),
+    [(1 << 30, "forward", 12), (1, "forward", 16), (1, "inference", 12)],
+)
+def test_what_a_residual_costs_is_counted_in_bytes(
+    own_cache, direction, bytes_per_element, backend
+):
+    given = case((8, 4, 16, 16), direction=direction)
+    comparison = comparisons.prepare(given, {"own_cache": own_cache, "last_cache": 1})
+    scales = [r.scale for r in comparison.ratios if r.against == comparisons.COPY]
+    assert scales == ([] if bncore.backend() == "numpy" else [bytes_per_element / 8])
+
+
+def test_the_command_measures_features_and_writes(tmp_path, capsys):
+    arguments = ["--shape", "3,4,5,2", "--layout", "channels_last", "--threads", "1"]
+    arguments += ["--rounds", "1", "--turn", "0.0001"]
+    paths = {kind: tmp_path / kind for kind in ("json", "markdown")}
+    for kind, path in paths.items():
+        arguments += [f"--{kind}", str(path)]
+    team = bncore.get_num_threads()
+    assert cli.main(["bench", "--features", *arguments]) == 0
+    assert bncore.get_num_threads() == team
+    shown = capsys.readouterr().out
+    assert "3x4x5x2 last" in shown and "double backward" in shown
+    costs = json.loads(paths["json"].read_text())["costs"]
+    lines = paths["markdown"].read_text().splitlines()
+    assert len(lines) - 2 == len(costs) > 20
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_features_stop_when_their_time_is_up(capsys):
+    arguments = ["--features", "--shape", "3,4,5,2", "--rounds", "1", "--turn", "0.0001"]
+    assert cli.main(["bench", *arguments, "--stop-after", "1e-9"]) == 0
+    shown = capsys.readouterr().out
+    assert "forward" in shown and "inference" not in shown
+
+
+def test_features_take_no_peers():
+    with pytest.raises(SystemExit, match="--features takes no --peers"):
+        cli.main(["bench", "--features", "--peers", "numpy"])

@@ -14,6 +14,9 @@ machine disturbs all of them. Ratios are medians over the rounds of what was mea
     report      what is printed
     markdown    a short table for a text
     plot        bandwidth against size
+    comparisons what bncore's features are compared with
+    features    what they cost
+    features_report  what is printed of that
     cli         the command line, `add_arguments` and `main`
 """
 

@@ -6,11 +6,21 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bncore.bench import markdown, plot, report, runner, workloads
+import bncore
+from bncore.bench import (
+    comparisons,
+    features,
+    features_report,
+    markdown,
+    plot,
+    report,
+    runner,
+    workloads,
+)
 from bncore.bench import outcome as outcomes
 from bncore.bench.disturbance import busy
 from bncore.bench.extras import require
@@ -38,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true",
         help="under a minute: unless said otherwise a few shapes in float32 on all threads into "
         "given arrays, without the reference; it stops when its time is up",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", action="store_true",
+        help="no other library: what activation, residual, half precision, weights, in place and "
+        "the choice of gradients cost, beside what they replace",
     )  # fmt: skip
     choose = parser.add_argument_group("what to measure (lists are comma-separated)")
     choose.add_argument("--suite", type=_list_of(suites), help=f"of {', '.join(suites)}")
@@ -103,6 +118,8 @@ def main(args: argparse.Namespace) -> int:
     int
         The exit status.
     """
+    if args.features:
+        return _features(args)
     outcome = outcomes.load(args.load) if args.load else _measure(args)
     if not outcome.results:
         print("Nothing was measured.")
@@ -142,6 +159,43 @@ def _measure(args: argparse.Namespace) -> Outcome:
     return outcome
 
 
+def _features(args: argparse.Namespace) -> int:
+    """Measure what features cost, and report; interrupted, on what there is until then."""
+    for name in ("suite", "dtype", "output", "peers", "plot", "load"):
+        if getattr(args, name):
+            raise SystemExit(f"bncore bench: --features takes no --{name}")
+    machine = outcomes.Outcome.here(busy=args.busy).machine
+    costs = list(_costs(args, machine))
+    if not costs:
+        print("Nothing was measured.")
+        return 1
+    version = f"{bncore.__version__} ({bncore.backend()})"
+    if args.json:
+        features.save(costs, machine, version, args.json)
+    features_report.show(costs, machine, version)
+    if args.markdown:
+        features_report.save_markdown(costs, args.markdown)
+    return 0
+
+
+def _costs(args: argparse.Namespace, machine: dict) -> Iterator[features.Cost]:
+    layouts = args.layout or workloads.LAYOUTS
+    settings = [setting for setting in comparisons.SETTINGS if setting[1] in layouts]
+    if args.shape:
+        settings = [(shape, layout) for shape in args.shape for layout in layouts]
+    cases = comparisons.cases(
+        settings, args.direction or comparisons.DIRECTIONS, args.threads or [_cpus()]
+    )
+    events = features.run(cases, machine, rounds=args.rounds or 5, seconds=args.turn or 0.02)
+    end = time.monotonic() + (args.stop_after or math.inf)
+    with suppress(KeyboardInterrupt), busy(args.busy):
+        for costs in require("tqdm").tqdm(events, total=len(cases), unit="case", leave=False):
+            yield from costs
+            if time.monotonic() > end:
+                break
+    events.close()
+
+
 def _take(event: runner.Result | dict[str, runner.Worker], outcome: Outcome, progress) -> None:
     if isinstance(event, runner.Result):
         outcome.results.append(event)
@@ -169,7 +223,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         chosen = [w for w in workloads.load() if args.suite is None or w.suite in args.suite]
         if args.quick and not args.suite:
             chosen = [w for w in chosen if w.quick]
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpus = _cpus()
     return list(
         workloads.cases(
             chosen,
@@ -180,6 +234,11 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             directions=args.direction or workloads.DIRECTIONS,
         )
     )
+
+
+def _cpus() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _label(case: Case) -> str:

@@ -23,11 +23,11 @@ def lines(outcome: Outcome) -> Iterator[str]:
     (threads, dtype, output), results = most_telling(outcome.results)
     results = [result for result in results if result.case.suite == SUITE] or results
     names = [LIMIT, OURS, *outcome.contenders]
-    yield _line(["shape", "layout", *(TITLES[name] for name in names)])
-    yield _line(["---", "---", *["---:"] * len(names)])
+    yield line(["shape", "layout", *(TITLES[name] for name in names)])
+    yield line(["---", "---", *["---:"] * len(names)])
     for (shape, layout), same in grouped(results, lambda r: (r.case.shape, r.case.layout)).items():
         cells = (_cell(same, name) for name in names)
-        yield _line(["×".join(map(str, shape)), layout.replace("_", " "), *cells])
+        yield line(["×".join(map(str, shape)), layout.replace("_", " "), *cells])
     how = "into a given array" if output == "out" else "into a fresh array"
     yield ""
     yield (
@@ -43,5 +43,13 @@ def _cell(results: Iterable[Result], name: str) -> str:
     return " / ".join(f"{rates[d]:.3g}" if d in rates else "–" for d in DIRECTIONS)
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A row of a table.
+
+    Examples
+    --------
+    >>> from bncore.bench.markdown import line
+    >>> line(["a", "1"])
+    '| a | 1 |'
+    """
     return f"| {' | '.join(cells)} |"

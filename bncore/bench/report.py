@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from bncore.bench.extras import require
 from bncore.bench.goals import Check, checks
@@ -15,9 +15,13 @@ WORST = 25
 
 
 def show(outcome: Outcome) -> None:
-    """Print everything, as wide as it needs to be."""
+    """Print everything."""
+    show_all(list(_parts(outcome)))
+
+
+def show_all(parts: Sequence) -> None:
+    """Print texts and tables, as wide as these need to be."""
     make_console = require("rich.console").Console
-    parts = list(_parts(outcome))
     # A table squeezed into a narrow terminal, or into 80 columns of a file, can't be read.
     unbounded = make_console(width=1000)
     needed = max(unbounded.measure(part).maximum for part in parts if not isinstance(part, str))
@@ -40,7 +44,7 @@ def _parts(outcome: Outcome) -> Iterator:
 def rows(results: Iterable[Result], outcome: Outcome, title: str):
     """A row per case: bncore's time, bandwidth and share of the limit, its lead on each peer."""
     contenders = outcome.contenders
-    table = _table(
+    table = empty_table(
         title,
         left=("shape", "layout", "direction"),
         right=("time", "GB/s", "limit", "of limit", *(TITLES[name] for name in contenders)),
@@ -67,7 +71,7 @@ def rows(results: Iterable[Result], outcome: Outcome, title: str):
 def lead_table(outcome: Outcome):
     """Geometric mean and minimum of bncore's lead, by direction and peer."""
     contenders = outcome.contenders
-    table = _table(
+    table = empty_table(
         "bncore's lead: geometric mean (least) slower/rows",
         left=("threads", "dtype", "output", "direction"),
         right=(*(TITLES[name] for name in contenders), "best oneDNN"),
@@ -82,7 +86,7 @@ def lead_table(outcome: Outcome):
 
 def goal_table(outcome: Outcome):
     """The goals, what was reached and in which row."""
-    table = _table(
+    table = empty_table(
         "Goals (float32, into a given array)",
         left=("threads", "goal"),
         right=("aim", "reached", "rows met", "worst row"),
@@ -109,7 +113,7 @@ def worst_rows(outcome: Outcome) -> Iterator:
         f"A peer in the same layout is faster than bncore in {len(lost)} of {compared} rows"
         + (f"; the worst {WORST} are:" if len(lost) > WORST else ".")
     )
-    table = _table(
+    table = empty_table(
         "Where a peer is faster",
         left=("shape", "layout", "direction", "dtype", "output", "threads", "peer"),
         right=("ratio", "time"),
@@ -143,7 +147,8 @@ def legend(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _table(title: str, *, left: Iterable[str], right: Iterable[str]):
+def empty_table(title: str, *, left: Iterable[str], right: Iterable[str]):
+    """One with these columns, of texts and of numbers."""
     table = require("rich.table").Table(title=title, header_style="bold")
     for name in left:
         table.add_column(name, no_wrap=True)

@@ -52,7 +52,7 @@ def main(name: str, threads: int) -> None:
                     task = None
                     answer()
                 case "run":
-                    answer(seconds=_per_call(task.run, request["seconds"]))
+                    answer(seconds=per_call(task.run, request["seconds"]))
                 case "limit":
                     answer(**_limit(task, request["seconds"]))
         except Unsupported as reason:
@@ -66,13 +66,20 @@ def _limit(task: Task, seconds: float) -> dict:
     if not task.limits:
         return {}
     share = seconds / len(task.limits)
-    return {"seconds": min(_per_call(run, share) for run in task.limits)}
+    return {"seconds": min(per_call(run, share) for run in task.limits)}
 
 
-def _per_call(run: Callable[[int], float], seconds: float) -> float:
+def per_call(run: Callable[[int], float], seconds: float) -> float:
     """Median time of a call, measured for about so many seconds.
 
     Longer where a call is long: of a few samples one that was disturbed is not the median.
+
+    Examples
+    --------
+    >>> from bncore.bench.peers import looped
+    >>> from bncore.bench.worker import per_call
+    >>> per_call(looped(dict), 1e-3) > 0
+    True
     """
     once = run(1)  # wakes the threads and fetches what the others have driven from the caches
     if once < 4 * seconds:
