@@ -1,10 +1,13 @@
 """The benchmark: its workloads, its processes, what its peers compute, and what it writes."""
 
+import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -504,3 +507,53 @@ def test_features_stop_when_their_time_is_up(capsys):
 def test_features_take_no_peers():
     with pytest.raises(SystemExit, match="--features takes no --peers"):
         cli.main(["bench", "--features", "--peers", "numpy"])
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """The script as a module."""
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "memory.py"
+    spec = importlib.util.spec_from_file_location("memory", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_candidate_takes_the_same_step(memory, backend):
+    x, dy = memory.data((4, 3, 5, 7))
+    wide = bncore.batch_norm(x.astype(np.float64), activation=memory.ACTIVATION)
+    expected = wide[0], bncore.batch_norm_backward(dy.astype(np.float64), wide[1]).dx
+    for name, make in memory.CANDIDATES.items():
+        if "PyTorch" not in name:
+            for got, right in zip(make(3)(x.copy(), dy.copy()), expected):
+                np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_a_candidate_writes_only_over_what_it_says(memory):
+    x, dy = memory.data((4, 3, 5, 7))
+    for name, make in memory.CANDIDATES.items():
+        if "PyTorch" not in name:
+            given = x.copy(), dy.copy()
+            make(3)(*given)
+            assert np.array_equal(given[0], x) == ("InPlace" not in name), name
+            assert np.array_equal(given[1], dy) == ("over dy" not in name), name
+
+
+def test_memory_is_measured_in_processes_of_their_own(memory, monkeypatch, tmp_path, capsys):
+    few = {name: memory.CANDIDATES[name] for name in list(memory.CANDIDATES)[-2:]}
+    monkeypatch.setattr(memory, "CANDIDATES", few)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    path = tmp_path / "memory.md"
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--shape", "8,4,64,64", "--markdown", str(path)])
+    memory.main()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == list(few)
+    assert all(float(line.split(" | ")[1]) >= 0 for line in lines[2:])
+    assert "8x4x64x64" in capsys.readouterr().out
+    assert memory.markdown({"a": None, "b": 6 << 20}, (1, 1, 1024, 1024)).splitlines()[2:] == [
+        "| a | – | – |",
+        "| b | 6 | 1.50 |",
+    ]
