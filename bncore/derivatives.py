@@ -21,7 +21,6 @@ import numpy as np
 from bncore import _backend, _check, _layout
 from bncore._weights import Weights
 from bncore.functional import (
-    NO_EXTRAS,
     Saved,
     _fill,
     _fixed_statistics,
@@ -508,7 +507,7 @@ def _arguments_of(saved):
         raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
     if saved.x is None:
         raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
-    extras = saved.extras or NO_EXTRAS
+    extras = saved.extras
     count = saved.values if extras.weights is None else extras.weights.total
     return _Given(
         saved.x, saved.axes, saved.stats, saved.gamma, saved.beta, None, extras.had_residual,

@@ -94,13 +94,13 @@ class Saved:
         The count as one number; the sum of the weights where there were some.
     stats : (4, C) ndarray of float64
         Rows mean, the mean's rounding error, variance and inv_std.
-    extras : Extras or None
+    extras : Extras
         What else the forward pass was given.
     """
 
     __slots__ = ("x", "gamma", "beta", "axes", "eps", "values", "stats", "extras", "_shape")
 
-    def __init__(self, x, gamma, beta, axes, eps, values, stats, shape, extras=None):
+    def __init__(self, x, gamma, beta, axes, eps, values, stats, shape, extras):
         self.x = x
         self.gamma = gamma
         self.beta = beta
@@ -216,14 +216,17 @@ def batch_norm(
     >>> saved.mean, saved.var
     (array([ 2., 10.]), array([1., 0.]))
     """
-    if activation is None and residual is None and mask is None and sample_weight is None:
+    if mask is None and sample_weight is None:
+        epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
         plain = _backend.active.normalization.forward_plain(
-            x, gamma, beta, axis, eps, out, get_num_threads()
+            x, gamma, beta, residual, epilogue, axis, eps, out, get_num_threads()
         )
         if plain is not None:
-            y, stats, axis, values, in_place = plain
-            kept = None if in_place else x
-            return y, Saved(kept, gamma, beta, (axis,), eps, values, stats, stats.shape[1:])
+            y, stats, axis, values, in_place, bits = plain
+            kept, extras = None if in_place else x, NO_EXTRAS
+            if activation is not None or residual is not None:
+                extras = Extras(epilogue, residual is not None, bits, None)
+            return y, Saved(kept, gamma, beta, (axis,), eps, values, stats, stats.shape[1:], extras)
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
@@ -311,19 +314,21 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
         raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
     wanted = _GRADIENTS if wrt is None else _check.wanted(wrt, _GRADIENTS, _GRADIENTS, out)
     overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, saved.x)
-    if saved.extras is None and "x" in wanted:
+    extras = saved.extras
+    if extras.weights is None and "x" in wanted:
         plain = _backend.active.gradient.backward_plain(
-            dy, saved.x, saved.stats, saved.gamma, saved.beta, saved.axes, out, get_num_threads()
-        )
+            dy, saved.x, saved.stats, saved.gamma, saved.beta, extras.bits, extras.activation,
+            saved.axes, extras.had_residual and "residual" in wanted, out, get_num_threads(),
+        )  # fmt: skip
         if plain is not None:
             saved.x = None if overwrites else saved.x
-            dx, dgamma, dbeta = plain
+            dx, dgamma, dbeta, dresidual = plain
             return Gradients(
-                dx, dgamma if "gamma" in wanted else None, dbeta if "beta" in wanted else None
-            )
+                dx, dgamma if "gamma" in wanted else None, dbeta if "beta" in wanted else None,
+                dresidual,
+            )  # fmt: skip
 
     x, gamma, beta = saved.x, saved.gamma, saved.beta
-    extras = saved.extras or NO_EXTRAS
     dy = _check.same_shape(dy, "dy", x)
     _check.output(
         out, x, in_place={"dy": dy, "x": x},
@@ -396,12 +401,12 @@ def batch_norm_inference(
     array([[0., 1.],
            [1., 1.]])
     """
-    if activation is None and residual is None:
-        y = _backend.active.normalization.normalize_plain(
-            x, mean, var, gamma, beta, axis, eps, out, get_num_threads()
-        )
-        if y is not None:
-            return y
+    epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
+    y = _backend.active.normalization.normalize_plain(
+        x, mean, var, gamma, beta, residual, epilogue, axis, eps, out, get_num_threads()
+    )
+    if y is not None:
+        return y
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)

@@ -116,6 +116,20 @@ cdef inline bint plain_output(object out, cnp.ndarray x) noexcept:
     )
 
 
+cdef inline bint plain_residual(object residual, cnp.ndarray x, object out) noexcept:
+    """Whether residual is None or lies like x, with the result over it or apart from it."""
+    return residual is None or (plain_like(residual, x) and same_or_apart(out, residual))
+
+
+cdef inline cnp.ndarray bits_for(const Shape& shape):
+    """Room for a gate's bits, as `bncore._layout.gate_bytes` has it."""
+    cdef ptrdiff_t rows = shape.outer, length = shape.channels
+    if shape.inner > 1:
+        rows, length = shape.outer * shape.channels, shape.inner
+    cdef cnp.npy_intp size = rows * ((length + 7) // 8) + 8
+    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_UINT8, 0)
+
+
 cdef inline cnp.ndarray fresh_like(cnp.ndarray x):
     """An uninitialized array with the shape and dtype of the plain array x."""
     return cnp.PyArray_EMPTY(
@@ -193,6 +207,17 @@ cdef inline View[element] plain_view(cnp.ndarray x, const Shape& shape, element*
     view.data = <element*> cnp.PyArray_DATA(x)
     view.n_stride = shape.channels * shape.inner
     view.c_stride = shape.inner
+    return view
+
+
+cdef inline View[element] plain_view_or_none(
+    object x, const Shape& shape, element* like
+) noexcept:
+    """The same of None as NULL."""
+    cdef View[element] view
+    if x is not None:
+        return plain_view(<cnp.ndarray> x, shape, like)
+    view.data = NULL
     return view
 
 

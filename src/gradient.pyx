@@ -16,12 +16,12 @@ from libc.math cimport INFINITY
 from arguments cimport (
     FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of, equal_weights,
     fill_gradient, fresh_like, gradient_like, kind_of, no_epilogue, plain_input, plain_like,
-    plain_output, plain_parameter, plain_view, pointer, read_only, same_or_apart, shape_of,
-    view_of, weights_of, worth,
+    plain_output, plain_parameter, plain_view, plain_view_or_none, pointer, read_only,
+    same_or_apart, shape_of, view_of, weights_of, worth,
 )
 from blocks cimport (
-    BackwardInput, BackwardOutput, BFloat16, GradientParameters, Grid, Half, Tickets, Turns, View,
-    element, find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
+    BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid, Half, Tickets,
+    Turns, View, element, find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
     gradient_block, map_grid, reduce_block, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
@@ -533,22 +533,32 @@ def backward(
 
 cdef int backward_plain_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, const double* stats,
-    const double* gamma, cnp.ndarray dx, double* sums, int num_threads,
+    const double* gamma, const double* beta, bits, Epilogue epilogue, cnp.ndarray dx, dz,
+    double* sums, int num_threads,
 ) except -1:
     cdef BackwardInput[element] input = plain_input_of(
         plain_view(dy, shape, like), plain_view(x, shape, like), shape
     )
+    input.epilogue, input.bits = epilogue, bits_of(bits)
     cdef BackwardOutput[element] output = just(plain_view(dx, shape, like))
+    output.dz = plain_view_or_none(dz, shape, like)
     return backward_with_scratch(
-        input, shape, stats, gamma, NULL, input.weights.total, output, sums,
+        input, shape, stats, gamma, beta, input.weights.total, output, sums,
         worth(shape, num_threads),
     )
 
 
 def backward_plain(
-    dy, x, cnp.ndarray stats not None, gamma, beta, tuple axes not None, out, int num_threads
+    dy, x, cnp.ndarray stats not None, gamma, beta, bits, tuple activation not None,
+    tuple axes not None, bint with_dz, out, int num_threads,
 ):
-    """`backward` for plain arguments; None where it declines them, else dx, dgamma, dbeta."""
+    """`backward` for plain arguments; None where it declines them.
+
+    Returns
+    -------
+    tuple or None
+        dx, dgamma, dbeta, and dz if that is asked for, else None.
+    """
     cdef Shape shape
     if not (
         len(axes) == 1
@@ -561,27 +571,31 @@ def backward_plain(
         and apart(out, gamma)
         and apart(out, beta)
         and apart(out, stats)
+        and (bits is None or shape.channels > 1) # rows merged here were not when bits were kept
     ):
         return None
+    cdef Epilogue epilogue = epilogue_of(activation)
     cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
     # Whatever can fail comes before the kernel, which may write over x or dy.
-    result = dx, gradient_like(gamma), gradient_like(beta)
-    cdef double* converted = <double*> PyMem_Malloc(3 * shape.channels * sizeof(double))
+    dz = fresh_like(<cnp.ndarray> x) if with_dz else None
+    result = dx, gradient_like(gamma), gradient_like(beta), dz
+    cdef double* converted = <double*> PyMem_Malloc(4 * shape.channels * sizeof(double))
     if not converted:
         raise MemoryError("no memory for the sums of batch_norm_backward")
-    cdef double* sums = converted + shape.channels
+    cdef double* sums = converted + 2 * shape.channels
     cdef const double* statistics = <const double*> cnp.PyArray_DATA(stats)
     cdef const double* gammas = as_doubles(gamma, converted)
+    cdef const double* betas = as_doubles(beta, converted + shape.channels)
     try:
         if shape.type_number == cnp.NPY_FLOAT:
             backward_plain_as(
-                <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, dx,
-                sums, num_threads,
+                <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas,
+                betas, bits, epilogue, dx, dz, sums, num_threads,
             )
         else:
             backward_plain_as(
-                <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, dx,
-                sums, num_threads,
+                <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas,
+                betas, bits, epilogue, dx, dz, sums, num_threads,
             )
         fill_gradient(result[1], sums + shape.channels)
         fill_gradient(result[2], sums)

@@ -17,13 +17,14 @@ from cython.parallel cimport parallel, prange
 from libc.math cimport sqrt
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of, equal_weights,
-    fresh_like, kind_of, no_epilogue, plain_eps, plain_input, plain_output, plain_parameter,
-    plain_view, pointer, read_only, shape_of, view_of, weights_of, worth,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_for, bits_of, epilogue_of,
+    equal_weights, fresh_like, kind_of, plain_eps, plain_input, plain_output, plain_parameter,
+    plain_residual, plain_view, plain_view_or_none, pointer, read_only, shape_of, view_of,
+    weights_of, worth,
 )
 from blocks cimport (
-    BFloat16, ForwardInput, Grid, Half, NormalizeParameters, Purpose, Tickets, Turns, View,
-    Weights, element, finish_inv_std, finish_moments, map_grid, moments_block,
+    BFloat16, Epilogue, ForwardInput, Grid, Half, NormalizeParameters, Purpose, Tickets, Turns,
+    View, element, finish_inv_std, finish_moments, map_grid, moments_block,
     normalize_and_sum_block, normalize_block, pilot, sum_grid,
 )
 from traffic cimport is_resident, is_streamed
@@ -219,9 +220,9 @@ cdef int forward_as(
     double[:, ::1] stats, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
-    cdef ForwardInput[element] input
-    input.x, input.residual = read_only(view_of(x, like)), read_only(view_of(residual, like))
-    input.epilogue = epilogue_of(activation)
+    cdef ForwardInput[element] input = input_of(
+        view_of(x, like), view_of(residual, like), epilogue_of(activation), shape
+    )
     input.weights, input.bits = weights_of(weights, shape), bits_of(bits)
     return batch_with_scratch(
         input, shape, pointer(gamma), pointer(beta), eps, view_of(y, like), &stats[0, 0],
@@ -262,14 +263,16 @@ def forward(
         )
 
 
-def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
+def forward_plain(
+    x, gamma, beta, residual, tuple activation not None, axis, eps, out, int num_threads
+):
     """`forward` for plain arguments; None where it declines them.
 
     Returns
     -------
     tuple or None
-        y, the (4, C) statistics, the channel axis, the number of values per channel and whether
-        y has overwritten x.
+        y, the (4, C) statistics, the channel axis, the number of values per channel, whether y has
+        overwritten x, and the gates of an activation after a residual, else None.
     """
     cdef Shape shape
     if not (
@@ -278,12 +281,18 @@ def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
         and plain_parameter(beta, shape.channels)
         and plain_eps(eps)
         and plain_output(out, <cnp.ndarray> x)
+        and plain_residual(residual, <cnp.ndarray> x, out)
         and apart(out, gamma)
         and apart(out, beta)
     ):
         return None
+    cdef Epilogue epilogue = epilogue_of(activation)
+    cdef bint keeps_bits = residual is not None and epilogue.activation
+    if keeps_bits and shape.channels == 1: # its rows are merged here, and so would be their bits
+        return None
     cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
     cdef bint in_place = cnp.PyArray_DATA(y) == cnp.PyArray_DATA(<cnp.ndarray> x)
+    bits = bits_for(shape) if keeps_bits else None
     cdef cnp.npy_intp stats_shape[2]
     stats_shape[0], stats_shape[1] = 4, shape.channels
     cdef cnp.ndarray stats = cnp.PyArray_EMPTY(2, stats_shape, cnp.NPY_DOUBLE, 0)
@@ -296,36 +305,41 @@ def forward_plain(x, gamma, beta, axis, eps, out, int num_threads):
     try:
         if shape.type_number == cnp.NPY_FLOAT:
             forward_plain_as(
-                <float*> NULL, <cnp.ndarray> x, shape, gammas, betas, PyFloat_AS_DOUBLE(eps), y,
-                results, num_threads,
+                <float*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
+                PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
             )
         else:
             forward_plain_as(
-                <double*> NULL, <cnp.ndarray> x, shape, gammas, betas, PyFloat_AS_DOUBLE(eps), y,
-                results, num_threads,
+                <double*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
+                PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
             )
     finally:
         PyMem_Free(converted)
-    return y, stats, shape.axis, <double> (shape.outer * shape.inner), in_place
+    return y, stats, shape.axis, <double> (shape.outer * shape.inner), in_place, bits
 
 
-cdef inline ForwardInput[element] plain_input_of(View[element] x, Shape shape) noexcept:
-    """x alone."""
+cdef inline ForwardInput[element] input_of(
+    View[element] x, View[element] residual, Epilogue epilogue, Shape shape
+) noexcept:
+    """Without weights and bits."""
     cdef ForwardInput[element] input
-    input.x = read_only(x)
-    input.residual.data = NULL
-    input.epilogue, input.weights = no_epilogue(), equal_weights(shape)
+    input.x, input.residual, input.epilogue = read_only(x), read_only(residual), epilogue
+    input.weights = equal_weights(shape)
     input.bits = NULL
     return input
 
 
 cdef int forward_plain_as(
-    element* like, cnp.ndarray x, Shape shape, const double* gamma, const double* beta, double eps,
-    cnp.ndarray y, double* stats, int num_threads,
+    element* like, cnp.ndarray x, Shape shape, const double* gamma, const double* beta, residual,
+    Epilogue epilogue, double eps, cnp.ndarray y, bits, double* stats, int num_threads,
 ) except -1:
+    cdef ForwardInput[element] input = input_of(
+        plain_view(x, shape, like), plain_view_or_none(residual, shape, like), epilogue, shape
+    )
+    input.bits = bits_of(bits)
     return batch_with_scratch(
-        plain_input_of(plain_view(x, shape, like), shape), shape, gamma, beta, eps,
-        plain_view(y, shape, like), stats, worth(shape, num_threads),
+        input, shape, gamma, beta, eps, plain_view(y, shape, like), stats,
+        worth(shape, num_threads),
     )
 
 
@@ -334,8 +348,9 @@ cdef int normalize_as(
     activation, cnp.ndarray y, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
-    cdef ForwardInput[element] input = plain_input_of(view_of(x, like), shape)
-    input.residual, input.epilogue = read_only(view_of(residual, like)), epilogue_of(activation)
+    cdef ForwardInput[element] input = input_of(
+        view_of(x, like), view_of(residual, like), epilogue_of(activation), shape
+    )
     cdef View[element] y_view = view_of(y, like)
     cdef Grid grid = map_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
@@ -376,7 +391,10 @@ def normalize(
         normalize_as(<BFloat16*> NULL, x, parameters, residual, activation, y, num_threads)
 
 
-def normalize_plain(x, mean, var, gamma, beta, axis, eps, out, int num_threads):
+def normalize_plain(
+    x, mean, var, gamma, beta, residual, tuple activation not None, axis, eps, out,
+    int num_threads,
+):
     """`normalize` for plain arguments; None where it declines them, else y."""
     cdef Shape shape
     if not (
@@ -389,12 +407,14 @@ def normalize_plain(x, mean, var, gamma, beta, axis, eps, out, int num_threads):
         and plain_parameter(beta, shape.channels)
         and plain_eps(eps)
         and plain_output(out, <cnp.ndarray> x)
+        and plain_residual(residual, <cnp.ndarray> x, out)
         and apart(out, mean)
         and apart(out, var)
         and apart(out, gamma)
         and apart(out, beta)
     ):
         return None
+    cdef Epilogue epilogue = epilogue_of(activation)
     cdef ptrdiff_t c, channels = shape.channels
     cdef double* converted = <double*> PyMem_Malloc(5 * channels * sizeof(double))
     if not converted:
@@ -419,11 +439,13 @@ def normalize_plain(x, mean, var, gamma, beta, axis, eps, out, int num_threads):
         y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
         if shape.type_number == cnp.NPY_FLOAT:
             normalize_plain_as(
-                <float*> NULL, <cnp.ndarray> x, shape, parameters, y, num_threads
+                <float*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y,
+                num_threads,
             )
         else:
             normalize_plain_as(
-                <double*> NULL, <cnp.ndarray> x, shape, parameters, y, num_threads
+                <double*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y,
+                num_threads,
             )
     finally:
         PyMem_Free(converted)
@@ -431,10 +453,12 @@ def normalize_plain(x, mean, var, gamma, beta, axis, eps, out, int num_threads):
 
 
 cdef int normalize_plain_as(
-    element* like, cnp.ndarray x, Shape shape, NormalizeParameters parameters, cnp.ndarray y,
-    int num_threads,
+    element* like, cnp.ndarray x, Shape shape, NormalizeParameters parameters, residual,
+    Epilogue epilogue, cnp.ndarray y, int num_threads,
 ) except -1:
-    cdef ForwardInput[element] input = plain_input_of(plain_view(x, shape, like), shape)
+    cdef ForwardInput[element] input = input_of(
+        plain_view(x, shape, like), plain_view_or_none(residual, shape, like), epilogue, shape
+    )
     cdef View[element] y_view = plain_view(y, shape, like)
     cdef Grid grid = map_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()

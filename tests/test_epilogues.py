@@ -174,6 +174,21 @@ def test_the_residual_may_be_overwritten(backend, dtype, layout, activation, has
     assert bits(*bncore.batch_norm_backward(dy, saved)) == before
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((9, 5), 1), ((6, 1, 13), 1), ((1, 16, 5, 5), 1), ((20, 9, 7, 7), 1), ((3, 4, 1), 1),
+     ((3, 4, 6), -1), ((4, 1, 7), 0), ((2, 13), 0), ((33,), 0)],
+)  # fmt: skip
+def test_dy_may_lie_otherwise_than_x(backend, shape, axis, activation, has_residual):
+    """What a forward pass keeps of plain arrays serves a backward pass of others."""
+    x, dy, gamma, beta, residual = arguments(shape, axis, np.float32, has_residual)
+    keywords = {"axis": axis, "activation": activation, "residual": residual}
+    _, saved = bncore.batch_norm(x, gamma, beta, **keywords)
+    plain = bncore.batch_norm_backward(dy, saved)
+    g = bncore.batch_norm_backward(in_layout(dy, "sliced", axis), saved)
+    assert bits(*g) == bits(*plain)
+
+
 def test_nan_is_not_hidden(backend, activation, has_residual):
     x, _, gamma, beta, residual = arguments((6, 4, 3), 1, np.float32, has_residual)
     x[2, 1, 0] = np.nan

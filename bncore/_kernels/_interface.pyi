@@ -54,11 +54,13 @@ class Normalization(Protocol):
         x: ArrayLike,
         gamma: ArrayLike | None,
         beta: ArrayLike | None,
+        residual: ArrayLike | None,
+        activation: Activation,
         axis: int | tuple[int, ...],
         eps: float,
         out: Values | None,
         num_threads: int,
-    ) -> tuple[Values, Doubles, int, float, bool] | None: ...
+    ) -> tuple[Values, Doubles, int, float, bool, Bits | None] | None: ...
     def normalize(
         self,
         x: Values,
@@ -79,6 +81,8 @@ class Normalization(Protocol):
         var: ArrayLike,
         gamma: ArrayLike | None,
         beta: ArrayLike | None,
+        residual: ArrayLike | None,
+        activation: Activation,
         axis: int | tuple[int, ...],
         eps: float,
         out: Values | None,
@@ -161,10 +165,13 @@ class Gradient(Protocol):
         stats: Doubles,
         gamma: Parameter | None,
         beta: Parameter | None,
+        bits: Bits | None,
+        activation: Activation,
         axes: tuple[int, ...],
+        with_dz: bool,
         out: Values | None,
         num_threads: int,
-    ) -> tuple[Values, Parameter | None, Parameter | None] | None: ...
+    ) -> tuple[Values, Parameter | None, Parameter | None, Values | None] | None: ...
 
 class Yardstick(Protocol):
     def copy(
