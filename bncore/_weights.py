@@ -35,8 +35,8 @@ class Weights(NamedTuple):
     unit: float
 
     @property
-    def count(self) -> float:
-        """Sum of the given weights."""
+    def given_total(self) -> float:
+        """Sum of the weights as they were given."""
         return self.total * self.unit
 
     def as_floats(self) -> np.ndarray:
@@ -57,10 +57,10 @@ def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
         Not negative; the same axes.
     layout : Layout
     """
-    if mask is None and sample_weight is None:
-        return None
     valid = None if mask is None else _layout.positions_to_kernel(mask, layout)
     if sample_weight is None:
+        if valid is None:
+            return None
         return Weights(-valid.view(np.int8), float(valid.sum()), _first(valid), 1.0)
     values = _layout.positions_to_kernel(sample_weight, layout)
     unit = _power_of_two(values.max(initial=0.0))

@@ -215,6 +215,24 @@ def batch_norm(
            [ 1.,  0.]])
     >>> saved.mean, saved.var
     (array([ 2., 10.]), array([1., 0.]))
+
+    A residual and an activation in the same pass; statistics of what a mask leaves, or weighted:
+
+    >>> bncore.batch_norm(x, residual=np.ones_like(x), activation="relu", eps=1e-10)[0].round(6)
+    array([[0., 1.],
+           [2., 1.]])
+    >>> padded = np.array([[1.0], [3.0], [np.nan]])
+    >>> bncore.batch_norm(padded, mask=~np.isnan(padded), eps=1e-10)[0].round(6).ravel()
+    array([-1.,  1.,  0.])
+    >>> bncore.batch_norm(x, sample_weight=[[3], [1]])[1].mean
+    array([ 1.5, 10. ])
+
+    Half precision has wide statistics too, and results may go to where x is:
+
+    >>> h = np.array([[6e4], [-6e4]], np.float16)
+    >>> y, saved = bncore.batch_norm(h, out=h)
+    >>> y is h, h.ravel(), saved.var
+    (True, array([ 1., -1.], dtype=float16), array([3.6e+09]))
     """
     if mask is None and sample_weight is None:
         epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
@@ -254,7 +272,7 @@ def batch_norm(
         _optional(residual, layout), activation, eps, target.kernel_array, bits, stats,
         _threads(x),
     )  # fmt: skip
-    values = float(layout.shape[0] * layout.shape[2]) if weights is None else weights.count
+    values = float(layout.shape[0] * layout.shape[2]) if weights is None else weights.given_total
     extras = Extras(activation, residual is not None, bits, weights)
     kept = None if out is not None and _check.coincide(out, x) else x
     return target.finish(), Saved(kept, gamma, beta, axes, eps, values, stats, shape, extras)
@@ -306,6 +324,15 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
     >>> g.dbeta
     array([3.])
     >>> bool(abs(g.dx).max() < 1e-12)
+    True
+
+    Only what is needed, or dx in dy's place:
+
+    >>> g = bncore.batch_norm_backward(np.ones_like(x), saved, wrt=("gamma", "beta"))
+    >>> g.dx is None, g.dbeta
+    (True, array([3.]))
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> bncore.batch_norm_backward(dy, saved, out=dy).dx is dy
     True
     """
     if not isinstance(saved, Saved):
@@ -561,7 +588,7 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
     mean, mean_lo, m2 = stats.reshape((3, *shape))
     if weights is None:
         return Moments(np.full(shape, layout.shape[0] * layout.shape[2]), mean, m2, mean_lo)
-    return Moments(np.full(shape, weights.count), mean, m2 * weights.unit, mean_lo)
+    return Moments(np.full(shape, weights.given_total), mean, m2 * weights.unit, mean_lo)
 
 
 def backward_reduce(dy, x, mean, inv_std, *, axis=1):
