@@ -20,7 +20,7 @@ patch = subprocess
 source = bncore, */bncore
 END
 export COVERAGE_RCFILE="$work/coverage.ini"
-python -m coverage run -m pytest -q -p no:cacheprovider "$@" || echo "some tests fail: see above"
+python -m coverage run -m pytest -q "$@" || echo "some tests fail: see above"
 python -m coverage combine --quiet
 python -m coverage report --show-missing
 find build -name "*.gcda" -path "*src*" | xargs gcov --stdout --relative-only --json-format \

@@ -27,6 +27,6 @@ if python scripts/planted_error.py 2>planted.log; then
 fi
 grep -q "AddressSanitizer" planted.log
 # Limits of address space and failing allocators are not for a process with shadow memory.
-python -m pytest -p no:cacheprovider -q --deselect tests/test_threads.py \
+python -m pytest -q --deselect tests/test_threads.py \
   --ignore tests/trust/test_environment.py --ignore tests/trust/test_alloc.py \
   --ignore tests/trust/test_fork.py "$@"

@@ -114,6 +114,14 @@ def test_fallback_warns_and_works():
     assert "<string>:2: RuntimeWarning: bncore runs on NumPy alone" in done.stderr
 
 
+@pytest.mark.skipif(not COMPILED, reason="no compiled backend")
+def test_fallback_names_why_each_tier_declines(monkeypatch):
+    monkeypatch.delenv("BNCORE_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "declines", lambda n: None if n == "numpy" else "of old age")
+    with pytest.warns(RuntimeWarning, match=f"{COMPILED[0]}: of old age"):
+        assert _backend._choose().name == "numpy"
+
+
 def test_fallback_that_is_meant_does_not_warn():
     done = run("import bncore", blocked=["bncore._runtime"], BNCORE_BACKEND="numpy")
     assert (done.returncode, done.stderr) == (0, "")

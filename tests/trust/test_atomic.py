@@ -271,6 +271,13 @@ def test_odd_but_good_outputs_are_taken(backend):
         np.testing.assert_array_equal(y, expected)
 
 
+def test_an_empty_output_is_taken(backend):
+    scene = Scene()
+    out = np.zeros((0, 3, 5, 1), np.float32)
+    y, _ = scene.forward(x=scene.x[:0], out=out, activation="relu")
+    assert y is out
+
+
 def test_no_channel_needs_no_count(backend):
     x = np.ones((4, 0))
     none = np.ones(0)
@@ -309,3 +316,9 @@ class TestLayerArrays:
         with pytest.raises(ValueError, match="read-only|writeable"):
             scene.load()
         assert scene.fingerprint() == before
+
+    def test_without_statistics_there_is_nothing_to_forget(self, backend):
+        layer = bncore.BatchNorm(3, track_running_stats=False)
+        before = {key: array.tobytes() for key, array in layer.state_dict().items()}
+        layer.reset_running_stats()
+        assert {key: array.tobytes() for key, array in layer.state_dict().items()} == before

@@ -16,6 +16,7 @@ SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 64, 65, 130, 300]
 VALUES = [0.0, 1.0, -1.0, 1e-45, 1e38, 1e-300, 1e300, math.nan, math.inf, -math.inf]
 EPS = [1e-5, 1e-12, 1.0, 1e-300, 0.0, -1.0, math.nan, math.inf, "x", None]
 ACTIVATIONS = [None, "relu", ("leaky_relu", 0.1), ("clip", -1, 1), ("clip", 1, -1), "swish", 3]
+WRT = [None, "x", "gamma", ("beta", "mean", "var"), ("x", "gamma"), (), "nothing", 3]
 MOST = 40_000
 """Elements of an array."""
 
@@ -98,7 +99,8 @@ def draw_call(stream):
         keywords |= {"activation": stream.choose(ACTIVATIONS, mostly_first=1), "out": out}
         if stream.chance(3):
             keywords["residual"] = dy
-        return forward_and_backward, (x, dy, parameter(), parameter()), keywords
+        arguments = x, dy, parameter(), parameter()
+        return forward_and_backward, arguments, keywords | draw_weights(stream, shape, axis)
     if which == "inference":
         statistics = parameter(False), np.abs(parameter(False))
         keywords |= {"activation": stream.choose(ACTIVATIONS, mostly_first=1), "out": out}
@@ -106,10 +108,27 @@ def draw_call(stream):
     if which == "fixed":
         statistics = parameter(False), np.abs(parameter(False))
         arguments = (dy, x, *statistics, parameter(), parameter())
-        return bncore.batch_norm_inference_backward, arguments, keywords | {"out": out}
+        keywords |= {"out": out, "activation": stream.choose(ACTIVATIONS, mostly_first=1)}
+        keywords["wrt"] = stream.choose(WRT, mostly_first=1)
+        return bncore.batch_norm_inference_backward, arguments, keywords
     if which == "moments":
-        return bncore.moments, (x,), {"axis": axis}
+        return bncore.moments, (x,), {"axis": axis} | draw_weights(stream, shape, axis)
     return run_layer, (x, dy), keywords
+
+
+def draw_weights(stream, shape, axis):
+    """A mask, weights, both or neither, over the positions or one axis of them."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    channels = {i % len(shape) for i in axes if isinstance(i, int) and shape}
+    positions = [1 if i in channels else size for i, size in enumerate(shape)]
+    if stream.chance(9) and positions:
+        positions[stream.choose(range(len(positions)))] = stream.choose([1, 2])
+    drawn = {}
+    if stream.chance(2):
+        drawn["mask"] = draw_array(stream, positions, "float32") > stream.choose([0, 1, 10])
+    if stream.chance(2):
+        drawn["sample_weight"] = np.abs(draw_array(stream, positions, "float64"))
+    return drawn
 
 
 def channels_of(shape, axis):
