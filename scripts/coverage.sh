@@ -12,7 +12,7 @@ cd "$work"
 cat >coverage.ini <<'END'
 [run]
 branch = true
-source = bncore
+source_pkgs = bncore
 omit = */bncore/bench/*, */bncore/demo/*
 parallel = true
 patch = subprocess
