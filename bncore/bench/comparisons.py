@@ -24,7 +24,7 @@ SETTINGS = (
 )
 DIRECTIONS = ("forward", "backward", "inference")
 
-PLAIN, COPY = "plain", "its bytes, copied"
+PLAIN, PASS = "plain", "a pass over its bytes"
 RELU, RELU_AFTER = "ReLU", "ReLU afterwards"
 ADD_RELU, ADD_RELU_AFTER = "add + ReLU", "add, ReLU afterwards"
 HALVES = ("float16", "bfloat16")
@@ -147,8 +147,7 @@ def prepare(case: Case, machine: dict) -> Comparison:
     """
     peer, arrays = Peer(case.threads), arrays_of(case)
     calls = {name: (looped(call),) for name, call in calls_of(case, arrays).items()}
-    if case.direction != "backward":
-        calls[COPY] = peer.limits(case, arrays, arrays.out)
+    calls[PASS] = peer.limits(case, arrays, arrays.out)
     ratios = [
         ratio
         for ratio in _ratios(case, machine)
@@ -312,11 +311,13 @@ def _gates(arrays: Arrays, saved) -> dict[str, Callable[[], object]]:
 
 def _ratios(case: Case, machine: dict) -> Iterator[Ratio]:
     large = case.bytes_moved > machine["last_cache"]
-    # A copy moves x and y; a residual is read besides.
-    added = (case.bytes_needed(machine["own_cache"]) + case.tensor_bytes) / (2 * case.tensor_bytes)
+    needed = case.bytes_needed(machine["own_cache"])
+    yield Ratio(PLAIN, PASS, scale=needed / case.bytes_moved)
     yield Ratio(RELU, PLAIN, ACTIVATION_COSTS)
     yield Ratio(RELU, RELU_AFTER)
-    yield Ratio(ADD_RELU, COPY, BYTES_COST if large else None, added)
+    if case.direction != "backward":  # which writes a fresh array besides
+        added = (needed + case.tensor_bytes) / case.bytes_moved  # a residual is read besides
+        yield Ratio(ADD_RELU, PASS, BYTES_COST if large else None, added)
     yield Ratio(ADD_RELU, ADD_RELU_AFTER)
     for half in HALVES:
         yield Ratio(half, PLAIN, HALF_COSTS if large else None)
