@@ -7,27 +7,32 @@
 
 namespace bncore {
 
-/* Write lines of a group from position t on, at most `tiles` tiles of them; the number of tiles
- * written: several where they are alike in alignment. */
+/* Write `count` lines of a group from position t on as one, and as many after them, up to `tiles`
+ * times in all; the number of times: several where they are alike in alignment. */
 constexpr int kLinesAtOnce = kVectorBytes == 64 ? 4 : 1;
 
 template <class T, class Writer>
 inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
-                             const Writer& writer, ptrdiff_t c, ptrdiff_t t, ptrdiff_t tiles,
-                             ptrdiff_t length) {
+                             const Writer& writer, ptrdiff_t group, ptrdiff_t t, ptrdiff_t count,
+                             ptrdiff_t tiles) {
+  typedef decltype(writer.weights) Positions;
+  Spread<Positions, 1, max_line(sizeof(T))> spread;
   const PickPerPlace<T> pick = {&table};
-  const ptrdiff_t step = grid.tile, stride = step * writer.out.n_stride;
+  const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
+  const ptrdiff_t length = count * channels * grid.inner, stride = count * writer.out.n_stride;
   T* const line = writer.out.at(t, c);
-  const auto map = [&](ptrdiff_t i) { return writer.map(pick, t + i * step, c, 0); };
-  if (tiles >= kLinesAtOnce && stride % Element<T>::kLanes == 0) {
-    if constexpr (kLinesAtOnce == 4)
+  const auto map = [&](ptrdiff_t i) {
+    const ptrdiff_t n = t + i * count;
+    const auto weights = spread.lines(writer.weights, n, count, length, channels, grid.inner);
+    return writer.map(pick, n, c, 0, weights.row(0));
+  };
+  if constexpr (kLinesAtOnce == 4 && !Positions::kAny)
+    if (tiles >= kLinesAtOnce && stride % Element<T>::kLanes == 0) {
       write_rows<Writer::kStream>({map(0), map(1), map(2), map(3)},
                                   {line, line + stride, line + 2 * stride, line + 3 * stride},
                                   length, kLinesAtOnce * stride);
-    else
-      write_rows<Writer::kStream>({map(0)}, {line}, length, stride);
-    return kLinesAtOnce;
-  }
+      return kLinesAtOnce;
+    }
   write_rows<Writer::kStream>({map(0)}, {line}, length, stride);
   return 1;
 }
@@ -40,18 +45,18 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   const ptrdiff_t end = grid.first_position(block + 1);
   ptrdiff_t t = grid.first_position(block);
   if (grid.columns) {
-    const ptrdiff_t places = (last - first) * grid.inner;
     while (t + grid.tile <= end)
-      t += grid.tile * write_lines(grid, table, writer, first, t, (end - t) / grid.tile,
-                                   grid.tile * places);
-    if (t < end) write_lines(grid, table, writer, first, t, 1, (end - t) * places);
+      t += grid.tile *
+           write_lines(grid, table, writer, group, t, grid.tile, (end - t) / grid.tile);
+    if (t < end) write_lines(grid, table, writer, group, t, end - t, 1);
     return;
   }
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
+    const auto weigh = writer.weights.row(piece.n, piece.s);
     for (ptrdiff_t c = first; c < last; ++c)
       write_rows<Writer::kStream>(
-          {writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s)},
+          {writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh)},
           {writer.out.at(piece.n, c) + piece.s}, piece.length,
           c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
   }
@@ -73,7 +78,7 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
     const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t i = 0; i < grid.width; ++i)
       write_and_add_row<Writer::kStream>(
-          writer.map(PickUniform<T>{&table, i}, piece.n, written + i, piece.s),
+          writer.map(PickUniform<T>{&table, i}, piece.n, written + i, piece.s, Unweighted()),
           writer.out.at(piece.n, written + i) + piece.s, terms.row(piece.n, summed + i, piece.s),
           piece.length, i + 1 < grid.width ? writer.out.c_stride : writer.out.n_stride, ahead,
           &accumulators[i]);
@@ -95,14 +100,13 @@ struct NormalizeWriter {
   GateBits<uint8_t> bits;
   Positions weights;
 
-  template <class Pick>
-  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+  template <class Pick, class Weigh>
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh weigh) const {
     typedef Latent<T, Pick::template Coefficient, Residual, Scaled> Z;
     const Z z = {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi),
                  pick(kMeanLo), pick(kScale), pick(kOffset), pick(kUnit)};
-    const auto weigh = weights.template at<Pick::kRows>(n, s);
-    return Normalize<T, Z, Activation, decltype(weigh), Residual>{
-        z, activation, weigh, gate, bits.data ? bits.at(n, c, s) : nullptr};
+    return Normalize<T, Z, Activation, Weigh, Residual>{z, activation, weigh, gate, bits.data,
+                                                        bits.at(n, c, s)};
   }
 };
 
@@ -113,11 +117,10 @@ template <class T, bool Scaled, bool Stream, class From, class Positions> struct
   View<T> out;
   Positions weights;
 
-  template <class Pick>
-  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+  template <class Pick, class Weigh>
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh weigh) const {
     const auto source = from.source(pick, n, c, s);
-    const auto weigh = weights.template at<Pick::kRows>(n, s);
-    return Gradient<T, Pick::template Coefficient, Scaled, decltype(source), decltype(weigh)>{
+    return Gradient<T, Pick::template Coefficient, Scaled, decltype(source), Weigh>{
         {}, source, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi), pick(kShiftLo),
         pick(kSlope), pick(kScale), pick(kUnit), weigh};
   }
@@ -129,11 +132,10 @@ template <class T, bool Stream, class From, class Positions> struct GateWriter {
   View<T> out;
   Positions weights;
 
-  template <class Pick>
-  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+  template <class Pick, class Weigh>
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh weigh) const {
     const auto source = from.source(pick, n, c, s);
-    const auto weigh = weights.template at<Pick::kRows>(n, s);
-    return JustGate<T, decltype(source), decltype(weigh)>{{}, source, weigh};
+    return JustGate<T, decltype(source), Weigh>{{}, source, weigh};
   }
 };
 
@@ -141,9 +143,10 @@ template <class T, bool Stream, class From> struct FixedGradientWriter {
   static constexpr bool kStream = Stream;
   From from;
   View<T> out;
+  EveryPosition weights;
 
-  template <class Pick>
-  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+  template <class Pick, class Weigh>
+  auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh) const {
     const auto source = from.source(pick, n, c, s);
     return FixedGradient<T, Pick::template Coefficient, decltype(source)>{{}, source,
                                                                           pick(kScale)};
@@ -289,7 +292,7 @@ inline void find_gates(const BackwardInput<T>& input, const GradientParameters& 
   typedef typename Element<T>::Real Real;
   const Gate<T> gate(input.epilogue);
   Grid one = {};
-  one.width = one.inner = one.tile = 1;
+  one.width = one.inner = one.tile = one.step = 1;
   one.channels = last;
   CoefficientTable<T> table;
   for (ptrdiff_t c = first; c < last; ++c) {
@@ -420,8 +423,8 @@ inline void fixed_gradient_block(const Grid& grid, const BackwardInput<T>& input
   input.visit(grid, [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
     if (kHasInterval<From>) fill_gates(grid, p, group, &table);
-    if (stream) work(table, FixedGradientWriter<T, true, From>{from, dx});
-    else work(table, FixedGradientWriter<T, false, From>{from, dx});
+    if (stream) work(table, FixedGradientWriter<T, true, From>{from, dx, {}});
+    else work(table, FixedGradientWriter<T, false, From>{from, dx, {}});
   });
 }
 

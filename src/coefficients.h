@@ -40,7 +40,6 @@ template <class T> struct CoefficientTable {
 /* A coefficient as a map takes it. */
 template <class T> struct PickUniform {
   template <class U> using Coefficient = Uniform<U>;
-  static constexpr bool kRows = true;
   const CoefficientTable<T>* table;
   ptrdiff_t c;
   Uniform<T> operator()(int which) const { return {table->row[which][c]}; }
@@ -48,7 +47,6 @@ template <class T> struct PickUniform {
 
 template <class T> struct PickPerPlace {
   template <class U> using Coefficient = PerPlace<U>;
-  static constexpr bool kRows = false;
   const CoefficientTable<T>* table;
   PerPlace<T> operator()(int which) const { return {table->row[which]}; }
 };

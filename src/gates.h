@@ -34,7 +34,7 @@ template <class T> struct Gate {
 
 /* ------------------------------------------------------------------------------- where dz is */
 
-/* Elements from one row to the next; of bits the bytes. */
+/* Elements, or bits, from one row to the next. */
 struct Strides {
   ptrdiff_t dy, x, bits;
 };
@@ -71,13 +71,14 @@ template <class T, template <class> class Coefficient, bool Sloped> struct Inter
 template <class T> struct BitSource {
   const T* dy;
   const uint8_t* bits;
+  ptrdiff_t first; // the bit of the first element
   Gate<T> gate;
 
   template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
-    return gate.apply(lanes_of_bits<V>(bits, i), load_as<V, Whole>(dy + i, k));
+    return gate.apply(lanes_of_bits<V>(bits, first + i), load_as<V, Whole>(dy + i, k));
   }
   BitSource row(ptrdiff_t r, Strides strides) const {
-    return {dy + r * strides.dy, bits + r * strides.bits, gate};
+    return {dy + r * strides.dy, bits, first + r * strides.bits, gate};
   }
 };
 

@@ -38,6 +38,7 @@ struct Grid {
   ptrdiff_t segment, segments, positions; // elements of a row taken at once; N * segments
   ptrdiff_t blocks;                       // parts of the positions
   ptrdiff_t tile;                         // lines taken at once
+  ptrdiff_t step;                         // blocks begin at multiples of so many positions
   bool columns, weighted;
 
   ptrdiff_t first_channel(ptrdiff_t group) const { return group * width; }
@@ -51,7 +52,9 @@ struct Grid {
            last_channel(group) - first_channel(group) == width &&
            last_channel(next) - first_channel(next) == width;
   }
-  ptrdiff_t first_position(ptrdiff_t block) const { return positions * block / blocks; }
+  ptrdiff_t first_position(ptrdiff_t block) const {
+    return block == blocks ? positions : positions * block / blocks / step * step;
+  }
   ptrdiff_t group_size() const { return outer * width * inner; } // elements
 
   /* Cut for a given width: groups, segments, and blocks of about `cell` bytes. */
@@ -68,29 +71,36 @@ struct Grid {
 
 /* What a grid is for, besides its shape. */
 struct Purpose {
-  bool weighted; // positions have weights: a line has one, so that it is a single position
-  bool packed;   // gates are kept as bits: a line's begin with a byte
+  bool weighted; // positions have weights
+  bool packed;   // gates are kept as bits: a cell's begin with a byte
 };
 
 /* Whether planes are so small, and so many to a channel, that columns serve them better. */
-inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner, Purpose purpose) {
-  return inner > 1 && inner <= kMaxLine / 16 && outer >= kStripRows && !purpose.weighted;
+inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner) {
+  return inner > 1 && inner <= kMaxLine / 16 && outer >= kStripRows;
 }
 
 /* Channels whose small planes make a line of so many places: a multiple of 8, for bytes of bits. */
 inline ptrdiff_t planes_in(ptrdiff_t line, ptrdiff_t inner) { return line / inner / 8 * 8; }
 
-/* Lines to take at once, given how many would be best. */
-inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
-  return purpose.weighted || (purpose.packed && channels % 8 != 0) ? 1 : best;
+/* Whether lines are so short that the bits of all follow one another. */
+inline bool has_short_lines(ptrdiff_t channels, ptrdiff_t inner) {
+  return inner == 1 && channels < kPacked / 2;
 }
 
 inline Grid uncut(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, Purpose purpose) {
   Grid grid = {};
   grid.outer = outer, grid.channels = channels, grid.inner = inner, grid.tile = 1;
+  grid.step = purpose.packed && has_short_lines(channels, inner) ? 8 : 1;
   grid.weighted = purpose.weighted;
-  grid.columns = inner == 1 || has_small_planes(outer, inner, purpose);
+  grid.columns = inner == 1 || has_small_planes(outer, inner);
   return grid;
+}
+
+/* Lines to take at once, given how many would be best: where bits are kept they end with a byte. */
+inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
+  if (!purpose.packed || channels % 8 == 0) return best;
+  return !has_short_lines(channels, 1) ? 1 : best < 8 ? 8 : best / 8 * 8;
 }
 
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
@@ -156,19 +166,21 @@ struct Piece {
   }
 };
 
-/* A bit for each element: those of a row, or of all channels' places in a line, begin with a byte.
- * No two cells of a grid write to one byte. */
+/* A bit for each element: those of a row, or of all channels' places in a line, begin with a byte;
+ * short lines follow one another. No two cells of a grid write to one byte. */
 template <class Byte> struct GateBits {
   Byte* data; // null: none are kept
-  ptrdiff_t n_stride, c_stride; // bytes; c_stride those of 8 channels in columns
+  ptrdiff_t n_stride, c_stride; // bits
 
   static GateBits of(const Grid& grid, Byte* data) {
-    if (grid.columns) return {data, (grid.channels * grid.inner + 7) / 8, grid.inner};
-    const ptrdiff_t row = (grid.inner + 7) / 8;
-    return {data, grid.channels * row, 8 * row};
+    const auto whole_bytes = [](ptrdiff_t bits) { return (bits + 7) / 8 * 8; };
+    const ptrdiff_t row = whole_bytes(grid.inner), line = grid.channels * grid.inner;
+    if (!grid.columns) return {data, grid.channels * row, row};
+    return {data, has_short_lines(grid.channels, grid.inner) ? line : whole_bytes(line),
+            grid.inner};
   }
-  Byte* at(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return data + n * n_stride + c * c_stride / 8 + s / 8;
+  ptrdiff_t at(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return n * n_stride + c * c_stride + s;
   }
 };
 

@@ -32,7 +32,8 @@ template <class T, class Latent, class Activation, class Weigh, bool Residual> s
   Activation activation;
   Weigh weigh;
   Gate<T> gate;
-  uint8_t* bits; // of this row; null: none are kept
+  uint8_t* bits;       // null: none are kept
+  ptrdiff_t first_bit; // of this row
 
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
     return latent.template z<Vec, Whole>(i, k);
@@ -115,7 +116,7 @@ BNCORE_INLINE void keep_gates(const Map& map, const Vec (&z)[Vectors], ptrdiff_t
         closed |= static_cast<uint64_t>(bits_of_lanes(map.gate.closed(z[j + v]))) << v * lanes;
       const int count = (together - 1) * lanes + k;
       if (k < lanes) closed &= (uint64_t(1) << count) - 1;
-      keep_bits(map.bits, i + j * lanes, closed, count);
+      keep_bits(map.bits, map.first_bit + i + j * lanes, closed, count);
     }
   }
 }

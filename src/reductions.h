@@ -25,7 +25,8 @@ struct SumTable {
 
 /* Terms of a forward pass: deviations from a shift per channel. Scaled: of x times a power of two
  * per channel, from a shift that is multiplied already. */
-template <class T, bool Scaled, class Positions> struct MomentTerms {
+template <class T, bool Scaled, class From> struct MomentTerms {
+  typedef From Positions;
   View<const T> x;
   const double* shift;
   const double* unit;
@@ -36,15 +37,14 @@ template <class T, bool Scaled, class Positions> struct MomentTerms {
     if (Scaled) fill_line(grid, last - first, [&](ptrdiff_t c) { return unit[first + c]; }, two);
   }
   auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    const auto weigh = weights.template at<true>(n, s);
+    const auto weigh = weights.row(n, s);
     return Deviations<T, Scaled, decltype(weigh)>{x.at(n, c) + s, shift[c], Scaled ? unit[c] : 1,
                                                   weigh};
   }
-  auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* shifts,
-              const double* units) const {
-    const auto weigh = weights.template at<false>(n, 0);
-    return ColumnDeviations<T, Scaled, decltype(weigh)>{x.at(n, c), x.n_stride * tile, shifts,
-                                                        units, weigh};
+  template <class Weigh>
+  auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* shifts, const double* units,
+              Lines<Weigh> lines) const {
+    return ColumnDeviations<T, Scaled, Weigh>{x.at(n, c), x.n_stride * tile, shifts, units, lines};
   }
 };
 
@@ -76,7 +76,7 @@ template <class T> struct BitGradient {
 
   Strides strides() const { return {dy.n_stride, 0, bits.n_stride}; }
   template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return BitSource<T>{dy.at(n, c) + s, bits.at(n, c, s), gate};
+    return BitSource<T>{dy.at(n, c) + s, bits.data, bits.at(n, c, s), gate};
   }
 };
 
@@ -99,7 +99,8 @@ template <class T, bool Sloped> constexpr bool kHasInterval<IntervalGradient<T, 
 
 /* Terms of a backward pass: dz and dz (x - mean). The table is that of a group from channel
  * `begin` on. */
-template <class T, class From, class Positions> struct BackwardTerms {
+template <class T, class From, class At> struct BackwardTerms {
+  typedef At Positions;
   From from;
   Positions weights;
   View<const T> x;
@@ -114,18 +115,18 @@ template <class T, class From, class Positions> struct BackwardTerms {
   }
   auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     const auto source = from.source(PickUniform<T>{table, c - begin}, n, c, s);
-    const auto weigh = weights.template at<true>(n, s);
+    const auto weigh = weights.row(n, s);
     return GradientTerms<T, decltype(source), decltype(weigh)>{source, x.at(n, c) + s, mean[c],
                                                                mean_lo[c], weigh};
   }
+  template <class Weigh>
   auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* means,
-              const double* means_lo) const {
+              const double* means_lo, Lines<Weigh> lines) const {
     const auto source = from.source(PickPerPlace<T>{table}, n, c, 0);
-    const auto weigh = weights.template at<false>(n, 0);
     const Strides one = from.strides();
-    return ColumnGradientTerms<T, decltype(source), decltype(weigh)>{
+    return ColumnGradientTerms<T, decltype(source), Weigh>{
         source, x.at(n, c), {one.dy * tile, x.n_stride * tile, one.bits * tile}, means, means_lo,
-        weigh};
+        lines};
   }
 };
 
@@ -188,6 +189,8 @@ template <class T, class Terms>
 inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrdiff_t last,
                         ptrdiff_t block, SumTable sums) {
   constexpr ptrdiff_t chain = kChunk<T> / 8; // rows summed before a fold
+  constexpr ptrdiff_t rows_spread = sizeof(typename Terms::Positions::Value) == 1 ? 16 : 4;
+  Spread<typename Terms::Positions, rows_spread, kSumLine> spread;
   double constants[2][kSumLine + kPad], line[2][kSumLine + kPad];
   terms.lines(grid, first, last, constants[0], constants[1]);
   const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
@@ -204,8 +207,14 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
                                : Ahead{kStripRows, 0};
     std::memset(line[0], 0, (places + kPad) * sizeof(double));
     std::memset(line[1], 0, (places + kPad) * sizeof(double));
-    add_columns(terms.column(n, first, tile, constants[0], constants[1]), lines, places, next,
-                line[0], line[1]);
+    for (ptrdiff_t i = 0, rows; i < lines; i += rows) {
+      rows = clamp(lines - i, 1, spread.kRows);
+      const ptrdiff_t at = n + i * tile;
+      const auto weights =
+          spread.lines(terms.weights, at, rows * tile, places, channels, grid.inner);
+      add_columns(terms.column(at, first, tile, constants[0], constants[1], weights), rows, places,
+                  i + rows < lines ? Ahead{rows, 0} : next, line[0], line[1]);
+    }
     fold_line(grid, first, last, tile, line[0], sums.first, sums.first_lo);
     fold_line(grid, first, last, tile, line[1], sums.second, sums.second_lo);
     n += lines * tile;

@@ -141,7 +141,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
   const T* x;
   ptrdiff_t x_stride;
   const double *shift, *unit;
-  Weigh weigh;
+  Lines<Weigh> weights;
 
   template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
     prefetch_places<Width>(x + row * x_stride + c);
@@ -150,7 +150,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide v = load_wide<Whole>(x + row * x_stride + c, k);
     if (Scaled) v *= load_unaligned<Wide>(unit + c);
-    const Weigh its = weigh.row(row);
+    const Weigh its = weights.row(row);
     const Wide d = its.template counted<Whole>(v - load_unaligned<Wide>(shift + c), c, k);
     return {its.template times<Whole>(d, c, k), d};
   }
@@ -163,7 +163,7 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   Strides strides;
   const double* mean;
   const double* mean_lo;
-  Weigh weigh;
+  Lines<Weigh> weights;
 
   template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
     prefetch_places<Width>(x + row * strides.x + c);
@@ -174,7 +174,7 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
     Wide d = load_wide<Whole>(x + row * strides.x + c, k) - load_unaligned<Wide>(mean + c);
     if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
     const Wide g = to_wide(source.row(row, strides).template dz<Narrow, Whole>(c, k));
-    const Weigh its = weigh.row(row);
+    const Weigh its = weights.row(row);
     return {its.template unmasked<Whole>(g, c, k), its.template unmasked<Whole>(d, c, k)};
   }
 };

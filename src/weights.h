@@ -5,11 +5,12 @@
  * A weight is 0 or more. A negative one marks a masked position: it counts for nothing, has no y
  * and no gradient, and what stands there, be it NaN, is not looked at. Where there is nothing but
  * a mask it is kept as bytes, -1 where a position counts, else 0. All channels share the weight of
- * a position: an element of a row has one of its own, a line of channels side by side one in
- * common.
+ * a position: on a line of channels side by side it is spread over them.
  */
 #ifndef BNCORE_WEIGHTS_H
 #define BNCORE_WEIGHTS_H
+
+#include <cstdint>
 
 #include "simd.h"
 
@@ -21,20 +22,16 @@ namespace bncore {
  *   unmasked  v, or 0 where the position is masked */
 
 struct Unweighted {
-  Unweighted row(ptrdiff_t) const { return {}; }
   template <bool Whole, class V> V counted(V v, ptrdiff_t, int) const { return v; }
   template <bool Whole, class V> V times(V v, ptrdiff_t, int) const { return v; }
   template <bool Whole, class V> V unmasked(V v, ptrdiff_t, int) const { return v; }
 };
 
-/* A mask: of the elements of a row, or one for a whole line and for those after it side by side. */
-template <bool Row> struct Mask {
+struct Mask {
   const int8_t* values;
 
-  Mask row(ptrdiff_t r) const { return {values + r}; }
   template <bool Whole, class V> V counted(V v, ptrdiff_t i, int k) const {
-    if constexpr (Row) return load_lanes<V, Whole>(values + i, k) ? v : V{};
-    else return *values ? v : V{};
+    return load_lanes<V, Whole>(values + i, k) ? v : V{};
   }
   template <bool Whole, class V> V times(V v, ptrdiff_t, int) const { return v; }
   template <bool Whole, class V> V unmasked(V v, ptrdiff_t i, int k) const {
@@ -42,44 +39,83 @@ template <bool Row> struct Mask {
   }
 };
 
-/* The same of weights. */
-template <bool Row> struct Weighting {
+struct Weighting {
   const double* values;
 
-  Weighting row(ptrdiff_t r) const { return {values + r}; }
-  template <class V, bool Whole> V at(ptrdiff_t i, int k) const {
-    typedef std::remove_reference_t<decltype(std::declval<V>()[0])> Real;
-    if constexpr (Row) return load_doubles<V, Whole>(values + i, k);
-    else return static_cast<Real>(*values) - V{};
-  }
   template <bool Whole, class V> V counted(V v, ptrdiff_t i, int k) const {
-    return at<V, Whole>(i, k) > V{} ? v : V{};
+    return load_doubles<V, Whole>(values + i, k) > V{} ? v : V{};
   }
   template <bool Whole, class V> V times(V v, ptrdiff_t i, int k) const {
-    return at<V, Whole>(i, k) * v;
+    return load_doubles<V, Whole>(values + i, k) * v;
   }
   template <bool Whole, class V> V unmasked(V v, ptrdiff_t i, int k) const {
-    return at<V, Whole>(i, k) < V{} ? V{} : v;
+    return load_doubles<V, Whole>(values + i, k) < V{} ? V{} : v;
   }
 };
 
-/* What gives the weights of a row or line: Row tells which of the two it is. */
-struct EveryPosition {
-  static constexpr bool kAny = false;
-  template <bool Row> Unweighted at(ptrdiff_t, ptrdiff_t) const { return {}; }
+/* The weights of several lines, one after the other, as columns ask for them. */
+template <class Weigh> struct Lines {
+  const decltype(Weigh::values) first;
+  ptrdiff_t stride;
+
+  Weigh row(ptrdiff_t r) const { return {first + r * stride}; }
 };
 
-template <class Value, template <bool> class Weigh> struct SomePositions {
+template <> struct Lines<Unweighted> {
+  Unweighted row(ptrdiff_t) const { return {}; }
+};
+
+/* Where the weights of a row come from. */
+struct EveryPosition {
+  typedef char Value;
+  static constexpr bool kAny = false;
+  Unweighted row(ptrdiff_t, ptrdiff_t) const { return {}; }
+};
+
+template <class V, class Weigh> struct SomePositions {
+  typedef V Value;
   static constexpr bool kAny = true;
   const Value* data;
   ptrdiff_t n_stride;
 
-  template <bool Row> Weigh<Row> at(ptrdiff_t n, ptrdiff_t s) const {
-    return {data + n * n_stride + s};
-  }
+  Weigh row(ptrdiff_t n, ptrdiff_t s) const { return {data + n * n_stride + s}; }
 };
 typedef SomePositions<int8_t, Mask> MaskedPositions;
 typedef SomePositions<double, Weighting> WeightedPositions;
+
+/* Room to spread the weights of up to Rows lines of at most Places places over those: a position's
+ * weight once for each of its channels. */
+template <class Positions, ptrdiff_t Rows, ptrdiff_t Places> struct Spread;
+
+template <ptrdiff_t Rows, ptrdiff_t Places> struct Spread<EveryPosition, Rows, Places> {
+  static constexpr ptrdiff_t kRows = PTRDIFF_MAX;
+  Lines<Unweighted> lines(EveryPosition, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t) {
+    return {};
+  }
+};
+
+template <class Value, class Weigh, ptrdiff_t Rows, ptrdiff_t Places>
+struct Spread<SomePositions<Value, Weigh>, Rows, Places> {
+  static constexpr ptrdiff_t kRows = Rows;
+  static constexpr ptrdiff_t kSplat = 16 / sizeof(Value);
+  typedef Value Splat __attribute__((vector_size(16)));
+  Value values[Rows * Places + kSplat];
+
+  /* Of the positions (n, s) from n on, each n with `inner` of them, for so many channels. */
+  Lines<Weigh> lines(SomePositions<Value, Weigh> from, ptrdiff_t n, ptrdiff_t count,
+                     ptrdiff_t stride, ptrdiff_t channels, ptrdiff_t inner) {
+    Value* to = values;
+    for (const Value* w = from.data + n * inner; count > 0; --count, w += inner) {
+      /* A vector may reach beyond the last channel: what follows is written next. */
+      for (ptrdiff_t c = 0; inner == 1 && c < channels; c += kSplat)
+        store_unaligned(to + c, *w - Splat{});
+      for (ptrdiff_t c = 0; inner > 1 && c < channels; ++c)
+        std::memcpy(to + c * inner, w, inner * sizeof(Value));
+      to += channels * inner;
+    }
+    return {values, stride};
+  }
+};
 
 /* The weights of a whole tensor: w[n, s] = data[n * n_stride + s], with S = 1 in columns. */
 struct Weights {
