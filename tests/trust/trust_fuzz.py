@@ -72,7 +72,12 @@ def distort(stream, array):
 
 
 def draw_shape(stream):
-    shape = [stream.choose(SIZES) for _ in range(stream.choose([2, 3, 4, 1, 5, 0]))]
+    return bounded([stream.choose(SIZES) for _ in range(stream.choose([2, 3, 4, 1, 5, 0]))])
+
+
+def bounded(shape):
+    """The shape, its longest axes halved until it has at most MOST elements."""
+    shape = list(shape)
     while math.prod(shape) > MOST:
         shape[shape.index(max(shape))] //= 2
     return tuple(shape)
@@ -123,6 +128,7 @@ def draw_weights(stream, shape, axis):
     positions = [1 if i in channels else size for i, size in enumerate(shape)]
     if stream.chance(9) and positions:
         positions[stream.choose(range(len(positions)))] = stream.choose([1, 2])
+    positions = bounded(positions)
     drawn = {}
     if stream.chance(2):
         drawn["mask"] = draw_array(stream, positions, "float32") > stream.choose([0, 1, 10])
