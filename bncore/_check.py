@@ -155,8 +155,11 @@ def sample_weight(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | N
         raise TypeError(f"sample_weight must be an array of real numbers, got {array.dtype}")
     array = array.astype(np.float64)
     # Sums of weights, and of them times squares, stay far within float64's range.
-    if not ((array == 0) | ((array >= 2.0**-300) & (array <= 2.0**300))).all():
-        raise ValueError("sample_weight must be 0 or between 2^-300 and 2^300")
+    wrong = ~((array == 0) | ((array >= 2.0**-300) & (array <= 2.0**300)))
+    if wrong.any():
+        raise ValueError(
+            f"sample_weight must be 0 or between 2^-300 and 2^300, got {array[wrong][0]}"
+        )
     return array
 
 

@@ -45,12 +45,20 @@ def layout_of(x: np.ndarray, channel_axes: tuple[int, ...]) -> Layout:
         key=lambda axis: (-abs(_effective_stride(x, axis)), axis),
     )
     logical = _logical_order(x.ndim, channel_axes)
-    for order in (tuple(by_stride), logical):
+    if all(x.shape[axis] == 1 for axis in channel_axes):
+        # One channel: every other axis is within its one row.
+        orders = [
+            channel_axes + tuple(axis for axis in order if axis not in channel_axes)
+            for order in (by_stride, logical)
+        ]
+    else:
+        orders = [tuple(by_stride), logical]
+    for order in orders:
         if _side_by_side(order, channel_axes):
             layout = _split(x.shape, order, channel_axes)
             if has_view(x, layout):
                 return layout
-    return _split(x.shape, logical, channel_axes)
+    return _split(x.shape, orders[1], channel_axes)
 
 
 def has_view(array: np.ndarray, layout: Layout) -> bool:

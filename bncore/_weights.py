@@ -68,7 +68,8 @@ def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
     if valid is not None:
         values[~valid] = -1.0
     used = values > 0
-    return Weights(values, float(values.sum(where=used)), _first(used), unit)
+    # Summed without gaps: NumPy's pairwise sums, and so their accuracy, end at each.
+    return Weights(values, float(values[used].sum()), _first(used), unit)
 
 
 def _first(used: np.ndarray) -> int:

@@ -199,8 +199,10 @@ class BatchNorm(Layer):
 
     def _normalize_fixed(self, x, residual, mask, sample_weight, out):
         """The call by the running statistics."""
-        if self.running_mean is None or self.running_var is None:
-            raise TypeError("running_mean and running_var must be arrays in evaluation, got None")
+        for array, name in ((self.running_mean, "running_mean"), (self.running_var, "running_var")):
+            if type(array) is not np.ndarray:
+                raise TypeError(f"{name} must be an ndarray in evaluation, got {array!r}")
+            _check.per_channel(array, name, self.shape)
         hidden = None
         if mask is not None or sample_weight is not None:
             axes = _check.channel_axes(self.axis, x.ndim)
@@ -299,7 +301,7 @@ class _Fixed(NamedTuple):
 
 def _unless_shared(array, out):
     """An array, or None where a result may have been written over it."""
-    if array is None or (isinstance(out, np.ndarray) and np.may_share_memory(out, array)):
+    if array is None or (isinstance(out, np.ndarray) and np.shares_memory(out, array)):
         return None
     return array
 

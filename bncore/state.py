@@ -231,6 +231,8 @@ class Layer:
             return None
         if type(self.num_batches_tracked) is not int:
             raise TypeError(f"num_batches_tracked must be an int, got {self.num_batches_tracked!r}")
+        if not 0 <= self.num_batches_tracked < 2**63 - 1:
+            raise ValueError(f"num_batches_tracked must be a count, got {self.num_batches_tracked}")
         tracked = self.num_batches_tracked + 1
         momentum = 1 / tracked if self._momentum is None else self._momentum
         unbias = 1.0

@@ -23,7 +23,7 @@ inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
   T* const line = writer.out.at(t, c);
   const auto map = [&](ptrdiff_t i) {
     const ptrdiff_t n = t + i * count;
-    const auto weights = spread.lines(writer.weights, n, count, length, channels, grid.inner);
+    const auto weights = spread.lines(writer.weights, {n, 1, count, channels, grid.inner});
     return writer.map(pick, n, c, 0, weights.row(0));
   };
   if constexpr (kLinesAtOnce == 4 && !Positions::kAny)

@@ -571,7 +571,6 @@ def backward_plain(
         and apart(out, gamma)
         and apart(out, beta)
         and apart(out, stats)
-        and (bits is None or shape.channels > 1) # rows merged here were not when bits were kept
     ):
         return None
     cdef Epilogue epilogue = epilogue_of(activation)

@@ -288,8 +288,6 @@ def forward_plain(
         return None
     cdef Epilogue epilogue = epilogue_of(activation)
     cdef bint keeps_bits = residual is not None and epilogue.activation
-    if keeps_bits and shape.channels == 1: # its rows are merged here, and so would be their bits
-        return None
     cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
     cdef bint in_place = cnp.PyArray_DATA(y) == cnp.PyArray_DATA(<cnp.ndarray> x)
     bits = bits_for(shape) if keeps_bits else None

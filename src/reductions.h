@@ -208,10 +208,9 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
     std::memset(line[0], 0, (places + kPad) * sizeof(double));
     std::memset(line[1], 0, (places + kPad) * sizeof(double));
     for (ptrdiff_t i = 0, rows; i < lines; i += rows) {
-      rows = clamp(lines - i, 1, spread.kRows);
+      rows = clamp(lines - i, 1, spread.rows_at_once(tile, grid.inner));
       const ptrdiff_t at = n + i * tile;
-      const auto weights =
-          spread.lines(terms.weights, at, rows * tile, places, channels, grid.inner);
+      const auto weights = spread.lines(terms.weights, {at, rows, tile, channels, grid.inner});
       add_columns(terms.column(at, first, tile, constants[0], constants[1], weights), rows, places,
                   i + rows < lines ? Ahead{rows, 0} : next, line[0], line[1]);
     }

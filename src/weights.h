@@ -27,10 +27,13 @@ struct Unweighted {
   template <bool Whole, class V> V unmasked(V v, ptrdiff_t, int) const { return v; }
 };
 
+/* Equal: all elements have the weight of the first. */
 struct Mask {
   const int8_t* values;
+  bool equal;
 
   template <bool Whole, class V> V counted(V v, ptrdiff_t i, int k) const {
+    if (equal) return *values ? v : V{};
     return load_lanes<V, Whole>(values + i, k) ? v : V{};
   }
   template <bool Whole, class V> V times(V v, ptrdiff_t, int) const { return v; }
@@ -41,24 +44,31 @@ struct Mask {
 
 struct Weighting {
   const double* values;
+  bool equal;
 
+  template <class V, bool Whole> V at(ptrdiff_t i, int k) const {
+    typedef std::remove_reference_t<decltype(std::declval<V>()[0])> Real;
+    if (equal) return static_cast<Real>(*values) - V{};
+    return load_doubles<V, Whole>(values + i, k);
+  }
   template <bool Whole, class V> V counted(V v, ptrdiff_t i, int k) const {
-    return load_doubles<V, Whole>(values + i, k) > V{} ? v : V{};
+    return at<V, Whole>(i, k) > V{} ? v : V{};
   }
   template <bool Whole, class V> V times(V v, ptrdiff_t i, int k) const {
-    return load_doubles<V, Whole>(values + i, k) * v;
+    return at<V, Whole>(i, k) * v;
   }
   template <bool Whole, class V> V unmasked(V v, ptrdiff_t i, int k) const {
-    return load_doubles<V, Whole>(values + i, k) < V{} ? V{} : v;
+    return at<V, Whole>(i, k) < V{} ? V{} : v;
   }
 };
 
 /* The weights of several lines, one after the other, as columns ask for them. */
 template <class Weigh> struct Lines {
-  const decltype(Weigh::values) first;
+  decltype(Weigh::values) first;
   ptrdiff_t stride;
+  bool equal;
 
-  Weigh row(ptrdiff_t r) const { return {first + r * stride}; }
+  Weigh row(ptrdiff_t r) const { return {first + r * stride, equal}; }
 };
 
 template <> struct Lines<Unweighted> {
@@ -78,42 +88,48 @@ template <class V, class Weigh> struct SomePositions {
   const Value* data;
   ptrdiff_t n_stride;
 
-  Weigh row(ptrdiff_t n, ptrdiff_t s) const { return {data + n * n_stride + s}; }
+  Weigh row(ptrdiff_t n, ptrdiff_t s) const { return {data + n * n_stride + s, false}; }
 };
 typedef SomePositions<int8_t, Mask> MaskedPositions;
 typedef SomePositions<double, Weighting> WeightedPositions;
 
+/* Lines of positions from n on: `tile` of them in a line, each with so many channels and `inner`
+ * positions a channel. */
+struct LinesAt {
+  ptrdiff_t n, lines, tile, channels, inner;
+};
+
 /* Room to spread the weights of up to Rows lines of at most Places places over those: a position's
- * weight once for each of its channels. */
+ * weight once for each of its channels. A line of a single position needs none. */
 template <class Positions, ptrdiff_t Rows, ptrdiff_t Places> struct Spread;
 
 template <ptrdiff_t Rows, ptrdiff_t Places> struct Spread<EveryPosition, Rows, Places> {
-  static constexpr ptrdiff_t kRows = PTRDIFF_MAX;
-  Lines<Unweighted> lines(EveryPosition, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t) {
-    return {};
-  }
+  static ptrdiff_t rows_at_once(ptrdiff_t, ptrdiff_t) { return PTRDIFF_MAX; }
+  Lines<Unweighted> lines(EveryPosition, LinesAt) { return {}; }
 };
 
 template <class Value, class Weigh, ptrdiff_t Rows, ptrdiff_t Places>
 struct Spread<SomePositions<Value, Weigh>, Rows, Places> {
-  static constexpr ptrdiff_t kRows = Rows;
   static constexpr ptrdiff_t kSplat = 16 / sizeof(Value);
   typedef Value Splat __attribute__((vector_size(16)));
   Value values[Rows * Places + kSplat];
 
-  /* Of the positions (n, s) from n on, each n with `inner` of them, for so many channels. */
-  Lines<Weigh> lines(SomePositions<Value, Weigh> from, ptrdiff_t n, ptrdiff_t count,
-                     ptrdiff_t stride, ptrdiff_t channels, ptrdiff_t inner) {
+  static ptrdiff_t rows_at_once(ptrdiff_t tile, ptrdiff_t inner) {
+    return tile == 1 && inner == 1 ? PTRDIFF_MAX : Rows;
+  }
+  Lines<Weigh> lines(SomePositions<Value, Weigh> from, LinesAt at) {
+    const Value* w = from.data + at.n * at.inner;
+    if (at.tile == 1 && at.inner == 1) return {w, 1, true};
     Value* to = values;
-    for (const Value* w = from.data + n * inner; count > 0; --count, w += inner) {
+    for (ptrdiff_t i = at.lines * at.tile; i > 0; --i, w += at.inner) {
       /* A vector may reach beyond the last channel: what follows is written next. */
-      for (ptrdiff_t c = 0; inner == 1 && c < channels; c += kSplat)
+      for (ptrdiff_t c = 0; at.inner == 1 && c < at.channels; c += kSplat)
         store_unaligned(to + c, *w - Splat{});
-      for (ptrdiff_t c = 0; inner > 1 && c < channels; ++c)
-        std::memcpy(to + c * inner, w, inner * sizeof(Value));
-      to += channels * inner;
+      for (ptrdiff_t c = 0; at.inner > 1 && c < at.channels; ++c)
+        std::memcpy(to + c * at.inner, w, at.inner * sizeof(Value));
+      to += at.channels * at.inner;
     }
-    return {values, stride};
+    return {values, at.tile * at.channels * at.inner, false};
   }
 };
 
