@@ -55,7 +55,7 @@ class InPlaceBatchNorm(Layer):
     ddof, single_value, nan_policy
         As in `BatchNorm`.
     activation : None or ("leaky_relu", slope)
-        Applied to the output; slope must be above 0, so that it can be inverted.
+        Applied to the output; slope must be between 2^-100 and 2^100, so that it can be inverted.
 
     Attributes
     ----------
@@ -163,7 +163,7 @@ class InPlaceBatchNorm(Layer):
         axes = _check.channel_axes(self.axis, kept.y.ndim)
         dx = np.empty_like(kept.y, subok=False) if out is None else out
         sum_dz, sum_dz_xhat = _write_gradient(dy, kept, axes, dx)
-        if np.may_share_memory(dx, kept.y):
+        if np.shares_memory(dx, kept.y):
             self._forward = None
         self.grad_beta = _like(self.beta, sum_dz)
         self.grad_gamma = _like(self.gamma, sum_dz_xhat)
@@ -171,11 +171,11 @@ class InPlaceBatchNorm(Layer):
 
     def _activation(self, activation):
         code, slope, _ = _check.activation(activation)
-        if code == 0 or (code == 2 and slope > 0):
+        if code == 0 or (code == 2 and 2.0**-100 <= slope <= 2.0**100):
             return activation
         raise ValueError(
-            "activation must be None or ('leaky_relu', slope) with a slope above 0, which can be "
-            f"inverted, got {activation!r}"
+            "activation must be None or ('leaky_relu', slope) with a slope between 2^-100 and "
+            f"2^100, which can be inverted, got {activation!r}"
         )
 
     def _overwritable(self, x):

@@ -239,3 +239,22 @@ def test_a_gradient_over_x_leaves_no_x(backend, activation):
     bncore.batch_norm_backward(dy, saved, out=x[:])
     with pytest.raises(ValueError, match="saved has no x"):
         bncore.batch_norm_backward(dy, saved)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((127, 129, 1), 2), ((40, 1, 130), 1), ((400, 1), 1), ((17, 33, 1, 1), 3), ((1, 50), 0)],
+)
+def test_one_channel_has_the_same_bits_however_it_is_asked_for(backend, shape, axis, dtype):
+    x, dy = (normal(seed, shape, dtype) + 3 for seed in (1, 2))
+    gamma, residual = normal(3, 1, dtype), normal(4, shape, dtype)
+    results = []
+    for spelled in (axis, np.int64(axis), (axis,)):
+        y, saved = bncore.batch_norm(
+            x, gamma, axis=spelled, residual=residual, activation="relu"
+        )
+        for given in (dy, in_layout(dy, "sliced", axis)):
+            g = bncore.batch_norm_backward(given, saved)
+            results.append(bits(y, saved.stats, *g))
+    assert all(result == results[0] for result in results)

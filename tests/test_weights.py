@@ -279,3 +279,13 @@ def test_extreme_weights_are_weights(backend, weight, scale):
     np.testing.assert_allclose(saved.count, 50 * weight)
     m = bncore.moments(x, sample_weight=np.full((50, 1), weight))
     np.testing.assert_allclose(m.m2 / m.count, equal.var, rtol=1e-13)
+
+
+def test_many_weights_are_totalled_accurately(backend):
+    """NumPy's sums over a mask with gaps are not pairwise."""
+    weight = np.tile([0.1, 0.0], 200_000)[:, None]
+    x = normal(1, (400_000, 1))
+    m = bncore.moments(x, sample_weight=weight)
+    np.testing.assert_allclose(m.count, 20_000, rtol=1e-14)
+    plain = bncore.moments(np.ascontiguousarray(x[::2]))
+    np.testing.assert_allclose(m.m2 / m.count, plain.m2 / plain.count, rtol=1e-13)
