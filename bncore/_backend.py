@@ -165,11 +165,8 @@ def _choose() -> Backend:
         if forced not in NAMES:
             raise ValueError(f"BNCORE_BACKEND must be one of {', '.join(NAMES)}, got {forced!r}")
         return load(forced)
-    reasons = {}
-    for name in NAMES:
-        reasons[name] = declines(name)
-        if reasons[name] is None:
-            break
+    reasons: dict[str, str | None] = {}
+    name = next(name for name in NAMES if reasons.setdefault(name, declines(name)) is None)
     if name == "numpy":
         # Up to the line that says `import bncore`: here, this module, _config, bncore, that line.
         warnings.warn(_fallback_message(reasons), RuntimeWarning, stacklevel=5)

@@ -166,6 +166,16 @@ class TestWrong:
         with pytest.raises(AssertionError, match="5 of 5 elements wrong"):
             gradcheck(lambda x: scaled(x, 2), [1 + normal(1, 5) ** 2], directions=0)
 
+    def test_a_function_that_hides_its_parameters(self):
+        class Hidden:
+            __signature__ = "none"
+
+            def __call__(self, x):
+                return 2 * x, lambda dy: dy
+
+        with pytest.raises(AssertionError, match=r"inputs\[0\]"):
+            bncore.testing.gradcheck(Hidden(), [np.ones(3)])
+
     def test_the_input_is_named(self):
         def wrong(x, w):
             return x @ w, lambda dy: (dy @ w.T, 2 * x.T @ dy)

@@ -152,6 +152,21 @@ class TestTorch:
             assert_near(getattr(results, name), expected, 1e-10, name)
 
 
+@pytest.mark.parametrize("name", ["tangent_mean", "tangent_var"])
+def test_one_statistic_alone_moves(backend, name):
+    """The tangent is linear: that of both is the sum of those of each."""
+    a = case((5, 3, 4), residual=False)
+    fixed = a.tx, a.x, a.beta, abs(a.gamma) + 0.1, a.gamma
+    moves = {"tangent_mean": a.tgamma, "tangent_var": a.tbeta}
+    both = bncore.batch_norm_inference_jvp(*fixed, **moves)
+    none, alone, other = (
+        bncore.batch_norm_inference_jvp(*fixed, **some)
+        for some in ({}, {name: moves[name]}, {k: v for k, v in moves.items() if k != name})
+    )
+    np.testing.assert_allclose(alone + other - none, both, rtol=1e-12, atol=1e-12)
+    assert not np.allclose(alone, none)
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
