@@ -7,58 +7,40 @@
 
 namespace bncore {
 
-/* Write `count` lines of a group from position t on as one, and as many after them, up to `tiles`
- * times in all; the number of times: several where they are alike in alignment. */
-constexpr int kLinesAtOnce = kVectorBytes == 64 ? 4 : 1;
-
+/* Write `count` lines of a group from position t on as one. */
 template <class T, class Writer>
-inline ptrdiff_t write_lines(const Grid& grid, const CoefficientTable<T>& table,
-                             const Writer& writer, ptrdiff_t group, ptrdiff_t t, ptrdiff_t count,
-                             ptrdiff_t tiles) {
+inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, const Writer& writer,
+                        ptrdiff_t group, ptrdiff_t t, ptrdiff_t count, Seams<T>* seams) {
   typedef decltype(writer.weights) Positions;
   Spread<Positions, 1, max_line(sizeof(T))> spread;
-  const PickPerPlace<T> pick = {&table};
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
-  const ptrdiff_t length = count * channels * grid.inner, stride = count * writer.out.n_stride;
-  T* const line = writer.out.at(t, c);
-  const auto map = [&](ptrdiff_t i) {
-    const ptrdiff_t n = t + i * count;
-    const auto weights = spread.lines(writer.weights, {n, 1, count, channels, grid.inner});
-    return writer.map(pick, n, c, 0, weights.row(0));
-  };
-  if constexpr (kLinesAtOnce == 4 && !Positions::kAny)
-    if (tiles >= kLinesAtOnce && stride % Element<T>::kLanes == 0) {
-      write_rows<Writer::kStream>({map(0), map(1), map(2), map(3)},
-                                  {line, line + stride, line + 2 * stride, line + 3 * stride},
-                                  length, kLinesAtOnce * stride);
-      return kLinesAtOnce;
-    }
-  write_rows<Writer::kStream>({map(0)}, {line}, length, stride);
-  return 1;
+  const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
+  write_row<Writer::kStream, false>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
+                                    writer.out.at(t, c), count * channels * grid.inner,
+                                    seams->of(grid.tile == 1 ? t : 0));
 }
 
 /* Write every row or line of one cell. */
 template <class T, class Writer>
 inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
-                       const CoefficientTable<T>& table, const Writer& writer) {
+                       const CoefficientTable<T>& table, const Writer& writer,
+                       Seams<T>* seams) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const ptrdiff_t end = grid.first_position(block + 1);
   ptrdiff_t t = grid.first_position(block);
   if (grid.columns) {
-    while (t + grid.tile <= end)
-      t += grid.tile *
-           write_lines(grid, table, writer, group, t, grid.tile, (end - t) / grid.tile);
-    if (t < end) write_lines(grid, table, writer, group, t, end - t, 1);
-    return;
+    for (; t + grid.tile <= end; t += grid.tile)
+      write_lines(grid, table, writer, group, t, grid.tile, seams);
+    if (t < end) write_lines(grid, table, writer, group, t, end - t, seams);
+    t = end;
   }
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     const auto weigh = writer.weights.row(piece.n, piece.s);
     for (ptrdiff_t c = first; c < last; ++c)
-      write_rows<Writer::kStream>(
-          {writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh)},
-          {writer.out.at(piece.n, c) + piece.s}, piece.length,
-          c + 1 < last ? writer.out.c_stride : writer.out.n_stride);
+      write_row<Writer::kStream, Writer::kStream>(
+          writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh),
+          writer.out.at(piece.n, c) + piece.s, piece.length, seams->of(piece.n));
   }
 }
 
@@ -66,13 +48,14 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
 template <class T, class Writer, class Terms>
 inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next, ptrdiff_t block,
                                const CoefficientTable<T>& table, const Writer& writer,
-                               const Terms& terms, ptrdiff_t n_stride, double* partial) {
+                               const Terms& terms, double* partial, Seams<T>* seams) {
   const ptrdiff_t written = grid.first_channel(group), summed = grid.first_channel(next);
   const SumTable sums = SumTable::of(partial, block, grid.channels);
   sums.clear(summed, summed + grid.width);
   Accumulator accumulators[kMaxRowsWidth];
   for (ptrdiff_t i = 0; i < grid.width; ++i) accumulators[i] = Accumulator();
-  const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
+  const Route<T, Terms> route(grid, terms);
+  const ptrdiff_t end = grid.first_position(block + 1);
   ptrdiff_t filled = 0;
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
@@ -80,8 +63,7 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
       write_and_add_row<Writer::kStream>(
           writer.map(PickUniform<T>{&table, i}, piece.n, written + i, piece.s, Unweighted()),
           writer.out.at(piece.n, written + i) + piece.s, terms.row(piece.n, summed + i, piece.s),
-          piece.length, i + 1 < grid.width ? writer.out.c_stride : writer.out.n_stride, ahead,
-          &accumulators[i]);
+          piece.length, route.from(piece, i), seams->of(piece.n), &accumulators[i]);
     filled += piece.length;
     if (filled < kChunk<T> && t + 1 < end) continue;
     filled = 0;
@@ -157,11 +139,11 @@ template <class T, bool Stream, class From> struct FixedGradientWriter {
 template <class T> struct JustWrite {
   const Grid& grid;
   ptrdiff_t group, block;
+  Seams<T>* seams;
 
   template <class Writer>
   void operator()(const CoefficientTable<T>& table, const Writer& writer) const {
-    write_cell(grid, group, block, table, writer);
-    if (Writer::kStream) stream_fence();
+    write_cell(grid, group, block, table, writer, seams);
   }
 };
 
@@ -169,13 +151,12 @@ template <class T, class Terms> struct WriteAndSum {
   const Grid& grid;
   ptrdiff_t group, block, next;
   Terms terms;
-  ptrdiff_t n_stride;
   double* partial;
+  Seams<T>* seams;
 
   template <class Writer>
   void operator()(const CoefficientTable<T>& table, const Writer& writer) const {
-    write_and_sum_cell(grid, group, next, block, table, writer, terms, n_stride, partial);
-    if (Writer::kStream) stream_fence();
+    write_and_sum_cell(grid, group, next, block, table, writer, terms, partial, seams);
   }
 };
 
@@ -185,8 +166,15 @@ template <class T> struct ForwardInput {
   Epilogue epilogue;
   Weights weights;
   uint8_t* bits; // null: none are kept
+  T* keep;       // where a group's rows are kept from the sums on, see Kept; null: nowhere
 
   Purpose purpose() const { return {weights.any(), bits != nullptr}; }
+  /* What is read of a group once it has been summed. */
+  ForwardInput again(const Grid& grid, ptrdiff_t group) const {
+    ForwardInput input = *this;
+    if (keep) input.x = Kept<T>::of(grid, keep, group).view();
+    return input;
+  }
 };
 
 /* A unit is always multiplied in beside a residual, an activation or weights, where 1 changes
@@ -247,22 +235,23 @@ inline void normalize_weighted(const JustWrite<T>& work, const ForwardInput<T>& 
 template <class T>
 inline void normalize_block(const Grid& grid, const ForwardInput<T>& input, View<T> y,
                             const NormalizeParameters& p, bool stream, ptrdiff_t group,
-                            ptrdiff_t block) {
-  const JustWrite<T> work = {grid, group, block};
+                            ptrdiff_t block, Seams<T>* seams) {
+  const JustWrite<T> work = {grid, group, block, seams};
   if (input.weights.any()) normalize_weighted(work, input, y, p, stream);
-  else normalize_work(work, input, y, p, stream);
+  else normalize_work(work, input.again(grid, group), y, p, stream);
 }
 
-/* y of one cell, and the moments' sums of the same cell of group `next`; no weights. */
+/* y of one cell, and the moments' sums of the same cell of group `next`; no weights, and the rows
+ * are kept. */
 template <class T>
 inline void normalize_and_sum_block(const Grid& grid, const ForwardInput<T>& input, View<T> y,
                                     const NormalizeParameters& p, bool stream, ptrdiff_t group,
                                     ptrdiff_t block, ptrdiff_t next, const double* shift,
-                                    double* partial) {
+                                    double* partial, Seams<T>* seams) {
   typedef MomentTerms<T, false, EveryPosition> Terms;
-  const Terms terms = {input.x, shift, nullptr, {}};
-  normalize_work(WriteAndSum<T, Terms>{grid, group, block, next, terms, input.x.n_stride, partial},
-                 input, y, p, stream);
+  const Terms terms = {input.x, shift, nullptr, {}, Kept<T>::of(grid, input.keep, next)};
+  normalize_work(WriteAndSum<T, Terms>{grid, group, block, next, terms, partial, seams},
+                 input.again(grid, group), y, p, stream);
 }
 
 /* What a backward pass reads. The gates of an activation are given as bits, or as intervals of x
@@ -272,8 +261,20 @@ template <class T> struct BackwardInput {
   Epilogue epilogue;
   Weights weights;
   const uint8_t* bits; // null: none were kept
+  T* keep;             // as in ForwardInput: dy, then x
 
   Purpose purpose() const { return {weights.any(), bits != nullptr}; }
+  Kept<T> kept_dy(const Grid& grid, ptrdiff_t group) const {
+    return Kept<T>::of(grid, keep, group);
+  }
+  Kept<T> kept_x(const Grid& grid, ptrdiff_t group) const {
+    return Kept<T>::of(grid, keep ? keep + Kept<T>::size(grid) : nullptr, group);
+  }
+  BackwardInput again(const Grid& grid, ptrdiff_t group) const {
+    BackwardInput input = *this;
+    if (keep) input.dy = kept_dy(grid, group).view(), input.x = kept_x(grid, group).view();
+    return input;
+  }
   /* Calls visit with where dz comes from. */
   template <class Visit> void visit(const Grid& grid, const Visit& visit_from) const {
     const Gate<T> gate(epilogue);
@@ -316,8 +317,9 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
     input.weights.visit([&](auto positions) {
       typedef BackwardTerms<T, std::decay_t<decltype(from)>, decltype(positions)> Terms;
       const Terms terms = {from, positions, input.x, p.mean, p.mean_lo, table,
-                           grid.first_channel(group)};
-      sum_block<T>(grid, terms, input.x.n_stride, group, block, partial);
+                           grid.first_channel(group), input.kept_dy(grid, group),
+                           input.kept_x(grid, group)};
+      sum_block<T>(grid, terms, group, block, partial);
     });
   };
   input.visit(grid, [&](const auto& from) {
@@ -332,9 +334,9 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
 template <class T>
 inline void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> dz,
                        const GradientParameters& p, bool stream, ptrdiff_t group,
-                       ptrdiff_t block) {
+                       ptrdiff_t block, Seams<T>* seams) {
   CoefficientTable<T> table;
-  const JustWrite<T> work = {grid, group, block};
+  const JustWrite<T> work = {grid, group, block, seams};
   const auto write = [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
     if (kHasInterval<From>) fill_gates(grid, p, group, &table);
@@ -374,33 +376,36 @@ inline void gradient_work(const Work& work, const From& from, Positions weights,
 }
 
 template <class T>
-inline void gradient_block(const Grid& grid, const BackwardInput<T>& input,
+inline void gradient_block(const Grid& grid, const BackwardInput<T>& first_input,
                            const BackwardOutput<T>& output, const GradientParameters& p,
-                           bool stream, ptrdiff_t group, ptrdiff_t block) {
-  if (output.dz.data) gate_block(grid, input, output.dz, p, stream, group, block);
+                           bool stream, ptrdiff_t group, ptrdiff_t block, Seams<T>* seams) {
+  const BackwardInput<T> input = first_input.again(grid, group);
+  if (output.dz.data) gate_block(grid, input, output.dz, p, stream, group, block, seams);
   input.visit(grid, [&](const auto& from) {
     input.weights.visit([&](auto positions) {
-      gradient_work(JustWrite<T>{grid, group, block}, from, positions, input.x, output.dx, p,
+      gradient_work(JustWrite<T>{grid, group, block, seams}, from, positions, input.x, output.dx, p,
                     stream);
     });
   });
 }
 
-/* dx of one cell, and the gradient's sums of the same cell of group `next`; no weights. */
+/* dx of one cell, and the gradient's sums of the same cell of group `next`; no weights, and the
+ * rows are kept. */
 template <class T>
 inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& input,
                                    const BackwardOutput<T>& output, const GradientParameters& p,
                                    bool stream, ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
-                                   double* partial) {
-  if (output.dz.data) gate_block(grid, input, output.dz, p, stream, group, block);
+                                   double* partial, Seams<T>* seams) {
+  const BackwardInput<T> kept = input.again(grid, group);
+  if (output.dz.data) gate_block(grid, kept, output.dz, p, stream, group, block, seams);
   input.visit(grid, [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
     typedef BackwardTerms<T, From, EveryPosition> Terms;
     const auto work = [&](const CoefficientTable<T>* table) {
-      const Terms terms = {from, {}, input.x, p.mean, p.mean_lo, table, grid.first_channel(next)};
-      gradient_work(
-          WriteAndSum<T, Terms>{grid, group, block, next, terms, input.x.n_stride, partial}, from,
-          EveryPosition(), input.x, output.dx, p, stream);
+      const Terms terms = {from, {}, input.x, p.mean, p.mean_lo, table, grid.first_channel(next),
+                           input.kept_dy(grid, next), input.kept_x(grid, next)};
+      gradient_work(WriteAndSum<T, Terms>{grid, group, block, next, terms, partial, seams},
+                    from.of(kept), EveryPosition(), kept.x, output.dx, p, stream);
     };
     if constexpr (!kHasInterval<From>) return work(nullptr);
     CoefficientTable<T> table;
@@ -413,13 +418,13 @@ inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& inp
 template <class T>
 inline void fixed_gradient_block(const Grid& grid, const BackwardInput<T>& input, View<T> dx,
                                  const GradientParameters& p, bool stream, ptrdiff_t group,
-                                 ptrdiff_t block) {
+                                 ptrdiff_t block, Seams<T>* seams) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table;
   fill_line(grid, last - first, [&](ptrdiff_t c) {
     return finite<typename Element<T>::Real>(scale_of(p, first + c));
   }, table.row[kScale]);
-  const JustWrite<T> work = {grid, group, block};
+  const JustWrite<T> work = {grid, group, block, seams};
   input.visit(grid, [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
     if (kHasInterval<From>) fill_gates(grid, p, group, &table);

@@ -156,6 +156,32 @@ template <class T> struct View {
   T* at(ptrdiff_t n, ptrdiff_t c) const { return data + n * n_stride + c * c_stride; }
 };
 
+/* Rows of a group kept from their first reading to the second, in memory that every group uses
+ * again: so they stay in a core's cache, where rows read from all over a tensor drive one another
+ * out. */
+template <class T> struct Kept {
+  T* data = nullptr; // of the group's first channel; null: nothing is kept
+  ptrdiff_t n_stride = 0, c_stride = 0;
+  ptrdiff_t first = 0; // the group's first channel
+
+  /* Rows begin with a cache line. */
+  static ptrdiff_t row_size(const Grid& grid) {
+    constexpr ptrdiff_t line = 64 / sizeof(T);
+    return (grid.inner + line - 1) / line * line;
+  }
+  static ptrdiff_t size(const Grid& grid) { return grid.outer * grid.width * row_size(grid); }
+
+  static Kept of(const Grid& grid, T* data, ptrdiff_t group) {
+    const ptrdiff_t row = row_size(grid);
+    return {data, grid.width * row, row, grid.first_channel(group)};
+  }
+  T* at(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return data ? data + n * n_stride + (c - first) * c_stride + s : nullptr;
+  }
+  /* The group's rows where they are kept. */
+  View<const T> view() const { return {data - first * c_stride, n_stride, c_stride}; }
+};
+
 /* The piece of a row at a position. */
 struct Piece {
   ptrdiff_t n, s, length;

@@ -22,12 +22,14 @@ namespace bncore {
 template <class T> struct OneStep {
   typedef typename Element<T>::Vec Vec;
   static constexpr bool kKeepsGate = false;
+  static constexpr int kArrays = 1; // that are read
   template <bool Whole> Vec finish(Vec v, ptrdiff_t, int) const { return v; }
 };
 
 template <class T, class Latent, class Activation, class Weigh, bool Residual> struct Normalize {
   typedef typename Element<T>::Vec Vec;
   static constexpr bool kKeepsGate = Residual;
+  static constexpr int kArrays = 1 + Residual;
   Latent latent;
   Activation activation;
   Weigh weigh;
@@ -35,6 +37,10 @@ template <class T, class Latent, class Activation, class Weigh, bool Residual> s
   uint8_t* bits;       // null: none are kept
   ptrdiff_t first_bit; // of this row
 
+  void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+    prefetch_lines(latent.x + i, n);
+    if (Residual) prefetch_lines(latent.residual + i, n);
+  }
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
     return latent.template z<Vec, Whole>(i, k);
   }
@@ -47,11 +53,16 @@ template <class T, class Latent, class Activation, class Weigh, bool Residual> s
 template <class T, template <class> class Coefficient, bool Scaled, class Source, class Weigh>
 struct Gradient : OneStep<T> {
   typedef typename Element<T>::Vec Vec;
+  static constexpr int kArrays = 2;
   Source source;
   const T* x;
   Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale, unit;
   Weigh weigh;
 
+  void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+    prefetch_lines(x + i, n);
+    prefetch_lines(source.dy + i, n);
+  }
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
     Vec v = load_as<Vec, Whole>(x + i, k);
     if (Scaled) v *= unit.at(i);
@@ -70,6 +81,7 @@ template <class T, class Source, class Weigh> struct JustGate : OneStep<T> {
   Source source;
   Weigh weigh;
 
+  void prefetch(ptrdiff_t i, ptrdiff_t n) const { prefetch_lines(source.dy + i, n); }
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
     return weigh.template unmasked<Whole>(source.template dz<Vec, Whole>(i, k), i, k);
   }
@@ -82,6 +94,7 @@ struct FixedGradient : OneStep<T> {
   Source source;
   Coefficient<T> scale;
 
+  void prefetch(ptrdiff_t i, ptrdiff_t n) const { prefetch_lines(source.dy + i, n); }
   template <bool Whole> Vec at(ptrdiff_t i, int k) const {
     return source.template dz<Vec, Whole>(i, k) * scale.at(i);
   }
@@ -93,14 +106,6 @@ constexpr int kCacheLine = 64; // bytes
  * whole before another is begun: few of them can be open at a time. */
 template <class T>
 constexpr int kVectorsInLine = kCacheLine / (Element<T>::kLanes * static_cast<int>(sizeof(T)));
-
-/* Elements before the first aligned vector of a row: 0 where the row is shorter than a vector, and
- * where it is not worth aligning, as streams must be and others need not. */
-template <bool Stream, class T> inline int head_of(const T* out, ptrdiff_t n) {
-  constexpr int lanes = Element<T>::kLanes;
-  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T)));
-  return past && n >= (Stream ? 1 : 2) * lanes ? lanes - past / static_cast<int>(sizeof(T)) : 0;
-}
 
 /* Keep the gates of Vectors vectors of a row from element i on, k elements of the last one. */
 template <int Vectors, class T, class Map, class Vec>
@@ -121,118 +126,171 @@ BNCORE_INLINE void keep_gates(const Map& map, const Vec (&z)[Vectors], ptrdiff_t
   }
 }
 
-/* Unroll vectors of each of the maps from i on, into aligned memory. Several rows at a time share
- * the loads of coefficients per place. */
-template <bool Stream, int Rows, int Unroll, class T, class Map>
-BNCORE_INLINE void write_vectors(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i) {
+/* Unroll vectors of the map from element i of a row on. */
+template <bool Stream, int Unroll, class T, class Map>
+BNCORE_INLINE void write_vectors(const Map& map, T* out, ptrdiff_t i) {
   typedef Element<T> E;
-  typename E::Vec v[Rows][Unroll];
+  typename E::Vec v[Unroll];
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r)
+  for (int j = 0; j < Unroll; ++j) v[j] = map.template at<true>(i + j * E::kLanes, E::kLanes);
+  keep_gates<Unroll, T>(map, v, i, E::kLanes);
 #pragma GCC unroll 4
-    for (int j = 0; j < Unroll; ++j)
-      v[r][j] = maps[r].template at<true>(i + j * E::kLanes, E::kLanes);
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    keep_gates<Unroll, T>(maps[r], v[r], i, E::kLanes);
-#pragma GCC unroll 4
-    for (int j = 0; j < Unroll; ++j) {
-      const ptrdiff_t at = i + j * E::kLanes;
-      const typename E::Vec y = maps[r].template finish<true>(v[r][j], at, E::kLanes);
-      if (Stream) E::stream(out[r] + at, y);
-      else E::store(out[r] + at, y);
-    }
+  for (int j = 0; j < Unroll; ++j) {
+    const ptrdiff_t at = i + j * E::kLanes;
+    const typename E::Vec y = map.template finish<true>(v[j], at, E::kLanes);
+    if (Stream) E::stream(out + at, y);
+    else E::store(out + at, y);
   }
 }
 
-/* Less than a vector, or unaligned. */
-template <int Rows, class T, class Map>
-BNCORE_INLINE void write_part(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i, int k) {
-  for (int r = 0; r < Rows; ++r) {
-    const typename Element<T>::Vec v[1] = {maps[r].template at<false>(i, k)};
-    keep_gates<1, T>(maps[r], v, i, k);
-    Element<T>::store_part(out[r] + i, maps[r].template finish<false>(v[0], i, k), k);
+/* The elements from i to n, vector by vector, into the cache. */
+template <class T, class Map>
+BNCORE_INLINE void write_cached(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n) {
+  typedef Element<T> E;
+  for (; i + E::kLanes <= n; i += E::kLanes) write_vectors<false, 1>(map, out, i);
+  const int k = static_cast<int>(n - i);
+  if (k == 0) return;
+  const typename E::Vec v[1] = {map.template at<false>(i, k)};
+  keep_gates<1, T>(map, v, i, k);
+  E::store_part(out + i, map.template finish<false>(v[0], i, k), k);
+}
+
+/* A line of memory in which one row ends and the next begins. What is stored past the cache has to
+ * be whole lines, as a line of which one part is streamed and one is not is moved twice: so the end
+ * of one row waits here for the beginning of the other, whichever is written first. */
+template <class T> struct Seam {
+  static constexpr int kPlaces = kCacheLine / sizeof(T);
+  alignas(kCacheLine) T line[kPlaces];
+  T* at = nullptr;        // the line in memory; null: nothing waits
+  int begin = 0, end = 0; // the places that wait
+
+  /* Make room for places [first, last) of the line at `to`. */
+  void open(T* to, int first, int last) {
+    if (to == at && (first == end || last == begin)) return;
+    flush();
+    at = to;
+    begin = end = first;
   }
+  /* They have been written. */
+  void close(int first, int last) {
+    begin = first < begin ? first : begin;
+    end = last > end ? last : end;
+    if (end - begin == kPlaces) stream();
+  }
+  void stream() {
+    constexpr int lanes = kVectorBytes / sizeof(T);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPlaces; i += lanes) stream_vector(at + i, load_unaligned<Floats>(line + i));
+    at = nullptr;
+  }
+  void flush() {
+    if (at) std::memcpy(at + begin, line + begin, (end - begin) * sizeof(T));
+    at = nullptr;
+  }
+};
+
+/* The seams of a thread, one for each outer position as far as they go: from one group of channels
+ * to the next, rows go on where those of the same position have ended. */
+template <class T> struct Seams {
+  static constexpr ptrdiff_t kCount = 64;
+  Seam<T> seams[kCount];
+
+  Seam<T>* of(ptrdiff_t n) { return &seams[n % kCount]; }
+  /* Nothing waits any more, and what was streamed can be read. */
+  ~Seams() {
+    for (Seam<T>& seam : seams) seam.flush();
+    stream_fence();
+  }
+};
+
+template <class T> inline int place_in_line(const T* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kCacheLine / sizeof(T));
 }
 
-template <class T> inline bool begins_line(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % kCacheLine == 0;
+/* Write what stands before the first line that is the row's own; the number of those elements. */
+template <class T, class Map>
+BNCORE_INLINE ptrdiff_t write_first_line(const Map& map, T* out, ptrdiff_t n, Seam<T>* seam) {
+  const int place = place_in_line(out);
+  if (place == 0) return 0;
+  const int rest = Seam<T>::kPlaces - place, count = rest < n ? rest : static_cast<int>(n);
+  seam->open(out - place, place, place + count);
+  write_cached(map, seam->line + place, 0, count);
+  seam->close(place, place + count);
+  return count;
 }
 
-/* A part of a line of memory is stored after that line has come, and stores are made in order:
- * ask for the lines at both ends of a row beforehand, but never for one that is stored whole. */
-template <class T> BNCORE_INLINE void prefetch_ends(const T* row, ptrdiff_t n) {
-  if (!begins_line(row)) __builtin_prefetch(row, 1);
-  if (!begins_line(row + n)) __builtin_prefetch(row + n, 1);
+/* Write the elements from i, which begins a line, to n: whole lines past the cache. */
+template <class T, class Map>
+BNCORE_INLINE void write_last_lines(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n,
+                                    Seam<T>* seam) {
+  constexpr int in_line = kVectorsInLine<T>;
+  for (; i + Seam<T>::kPlaces <= n; i += Seam<T>::kPlaces)
+    write_vectors<true, in_line>(map, out, i);
+  if (i == n) return;
+  const int count = static_cast<int>(n - i);
+  seam->open(out + i, 0, count);
+  write_cached(map, seam->line - i, i, n);
+  seam->close(0, count);
 }
 
-/* Write vectors from i up to the first that begins a cache line, into the cache: a line that is
- * streamed only in part is moved twice. */
-template <int Rows, class T, class Map>
-BNCORE_INLINE ptrdiff_t write_to_line(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i,
-                                      ptrdiff_t n) {
+/* Elements before the first aligned vector of a row that is long enough for it to be worth it. */
+template <class T> inline int head_of(const T* out, ptrdiff_t n) {
   constexpr int lanes = Element<T>::kLanes;
-  for (; kVectorsInLine<T> > 1 && !begins_line(out[0] + i) && i + lanes <= n; i += lanes)
-    write_vectors<false, Rows, 1>(maps, out, i);
-  return i;
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T)));
+  return past && n >= 2 * lanes ? lanes - past / static_cast<int>(sizeof(T)) : 0;
 }
 
-/* Write the elements from i, which begins a line where Stream is, to n: less than Unroll vectors
- * are done line by line, less than a line in the cache. */
-template <bool Stream, int Rows, class T, class Map>
-BNCORE_INLINE void write_rest(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t i,
-                              ptrdiff_t n) {
-  constexpr int lanes = Element<T>::kLanes, in_line = kVectorsInLine<T>;
-  for (; Stream && i + in_line * lanes <= n; i += in_line * lanes)
-    write_vectors<Stream, Rows, in_line>(maps, out, i);
-  for (; i + lanes <= n; i += lanes) write_vectors<false, Rows, 1>(maps, out, i);
-  if (i < n) write_part(maps, out, i, static_cast<int>(n - i));
+/* Write the first elements of a row, up to where whole vectors can be stored; their number. */
+template <bool Stream, class T, class Map>
+BNCORE_INLINE ptrdiff_t write_head(const Map& map, T* out, ptrdiff_t n, Seam<T>* seam) {
+  if (Stream) return write_first_line(map, out, n, seam);
+  const int head = head_of(out, n);
+  write_cached(map, out, 0, head);
+  return head;
 }
 
-/* Write n elements of each map to its `out`, all of one alignment. Whole vectors are stored
- * aligned, whole lines past the cache where Stream says so; what stands before and after them in
- * part. The row written next is `ahead` elements on. */
-template <bool Stream, int Rows, class T, class Map>
-inline void write_rows(const Map (&maps)[Rows], T* const (&out)[Rows], ptrdiff_t n,
-                       ptrdiff_t ahead) {
-  constexpr int lanes = Element<T>::kLanes, unroll = Rows == 1 ? 4 : kVectorsInLine<T>;
-  if (Stream)
-    for (T* row : out) prefetch_ends(row + ahead, n);
-  const int head = head_of<Stream>(out[0], n);
-  ptrdiff_t i = head;
-  if (head) write_part(maps, out, 0, head);
-  if (Stream) i = write_to_line(maps, out, i, n);
-  for (; i + unroll * lanes <= n; i += unroll * lanes)
-    write_vectors<Stream, Rows, unroll>(maps, out, i);
-  write_rest<Stream>(maps, out, i, n);
+template <bool Stream, class T, class Map>
+BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, Seam<T>* seam) {
+  if (Stream) write_last_lines(map, out, i, n, seam);
+  else write_cached(map, out, i, n);
+}
+
+/* Write n elements of the map to `out`, whole lines past the cache where Stream says so. Fetch: what
+ * is read lies in memory, one row after the other. */
+template <bool Stream, bool Fetch, class T, class Map>
+inline void write_row(const Map& map, T* out, ptrdiff_t n, Seam<T>* seam) {
+  constexpr int unroll = 4, turn = unroll * Element<T>::kLanes;
+  constexpr ptrdiff_t ahead = kFetchAhead / (Map::kArrays * sizeof(T));
+  ptrdiff_t i = write_head<Stream>(map, out, n, seam);
+  for (; i + turn <= n; i += turn) {
+    if (Fetch) map.prefetch(i + ahead, turn);
+    write_vectors<Stream, unroll>(map, out, i);
+  }
+  write_tail<Stream>(map, out, i, n, seam);
 }
 
 /* Write one row while another is summed: one waits for memory to be written, the other for memory
- * to be read, and neither keeps the other from it. The sums are those of add_row. */
+ * to be read, and neither keeps the other from it. The sums are those of add_row. The map reads
+ * kept rows; the other row is kept in their place, so never before they have been read. */
 template <bool Stream, class T, class Map, class Terms>
 inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdiff_t n,
-                              ptrdiff_t ahead_out, ptrdiff_t ahead, Accumulator* sums) {
+                              Onward onward, Seam<T>* seam, Accumulator* sums) {
   constexpr int lanes = Element<T>::kLanes, unroll = kStep / lanes < 4 ? 4 : kStep / lanes;
-  static_assert(unroll * lanes % kStep == 0, "a stride of the map is whole steps of the sums");
-  const Map maps[1] = {map};
-  T* const outs[1] = {out};
-  if (Stream) prefetch_ends(out + ahead_out, n);
-  const int head = head_of<Stream>(out, n);
-  ptrdiff_t i = head, j = 0;
-  if (head) write_part(maps, outs, 0, head);
-  if (Stream) i = write_to_line(maps, outs, i, n);
+  constexpr int turn = unroll * lanes;
+  static_assert(turn % kStep == 0, "a turn of the map is whole steps of the sums");
+  ptrdiff_t i = write_head<Stream>(map, out, n, seam), j = 0;
   Accumulator local = *sums;
-  for (; i + unroll * lanes <= n; i += unroll * lanes) {
+  for (; i + turn <= n; i += turn, j += turn) {
 #pragma GCC unroll 4
-    for (int step = 0; step < unroll * lanes; step += kStep)
-      add_step(terms, j + step, ahead, &local);
-    j += unroll * lanes;
-    write_vectors<Stream, 1, unroll>(maps, outs, i);
+    for (int step = 0; step < turn; step += kStep) add_step(terms, j + step, onward, &local);
+    write_vectors<Stream, unroll>(map, out, i);
+    terms.keep(j, turn);
   }
-  for (; j + kStep <= n; j += kStep) add_step(terms, j, ahead, &local);
+  write_tail<Stream>(map, out, i, n, seam);
+  terms.keep(j, n - j);
+  for (; j + kStep <= n; j += kStep) add_step(terms, j, onward, &local);
   add_rest(terms, j, n, &local);
   *sums = local;
-  write_rest<Stream>(maps, outs, i, n);
 }
 
 } // namespace bncore

@@ -26,11 +26,13 @@ struct SumTable {
 /* Terms of a forward pass: deviations from a shift per channel. Scaled: of x times a power of two
  * per channel, from a shift that is multiplied already. */
 template <class T, bool Scaled, class From> struct MomentTerms {
+  static constexpr ptrdiff_t kArrays = 1; // that are read
   typedef From Positions;
   View<const T> x;
   const double* shift;
   const double* unit;
   Positions weights;
+  Kept<T> kept;
 
   void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double* two) const {
     fill_line(grid, last - first, [&](ptrdiff_t c) { return shift[first + c]; }, one);
@@ -39,7 +41,7 @@ template <class T, bool Scaled, class From> struct MomentTerms {
   auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     const auto weigh = weights.row(n, s);
     return Deviations<T, Scaled, decltype(weigh)>{x.at(n, c) + s, shift[c], Scaled ? unit[c] : 1,
-                                                  weigh};
+                                                  weigh, kept.at(n, c, s)};
   }
   template <class Weigh>
   auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* shifts, const double* units,
@@ -48,10 +50,12 @@ template <class T, bool Scaled, class From> struct MomentTerms {
   }
 };
 
-/* Where dz of a backward pass comes from: from dy alone, or through an activation. */
+/* Where dz of a backward pass comes from: from dy alone, or through an activation. `of` is the same
+ * of other dy and x. */
 template <class T> struct PlainGradient {
   View<const T> dy;
 
+  template <class Input> PlainGradient of(const Input& input) const { return {input.dy}; }
   Strides strides() const { return {dy.n_stride, 0, 0}; }
   template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     return PlainSource<T>{dy.at(n, c) + s};
@@ -62,6 +66,9 @@ template <class T, bool Sloped> struct IntervalGradient {
   View<const T> dy, x;
   Gate<T> gate;
 
+  template <class Input> IntervalGradient of(const Input& input) const {
+    return {input.dy, input.x, gate};
+  }
   Strides strides() const { return {dy.n_stride, x.n_stride, 0}; }
   template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     return IntervalSource<T, Pick::template Coefficient, Sloped>{
@@ -74,6 +81,7 @@ template <class T> struct BitGradient {
   GateBits<const uint8_t> bits;
   Gate<T> gate;
 
+  template <class Input> BitGradient of(const Input& input) const { return {input.dy, bits, gate}; }
   Strides strides() const { return {dy.n_stride, 0, bits.n_stride}; }
   template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     return BitSource<T>{dy.at(n, c) + s, bits.data, bits.at(n, c, s), gate};
@@ -100,6 +108,7 @@ template <class T, bool Sloped> constexpr bool kHasInterval<IntervalGradient<T, 
 /* Terms of a backward pass: dz and dz (x - mean). The table is that of a group from channel
  * `begin` on. */
 template <class T, class From, class At> struct BackwardTerms {
+  static constexpr ptrdiff_t kArrays = 2;
   typedef At Positions;
   From from;
   Positions weights;
@@ -108,6 +117,7 @@ template <class T, class From, class At> struct BackwardTerms {
   const double* mean_lo;
   const CoefficientTable<T>* table;
   ptrdiff_t begin;
+  Kept<T> kept_dy, kept_x;
 
   void lines(const Grid& grid, ptrdiff_t first, ptrdiff_t last, double* one, double* two) const {
     fill_line(grid, last - first, [&](ptrdiff_t c) { return mean[first + c]; }, one);
@@ -116,8 +126,9 @@ template <class T, class From, class At> struct BackwardTerms {
   auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     const auto source = from.source(PickUniform<T>{table, c - begin}, n, c, s);
     const auto weigh = weights.row(n, s);
-    return GradientTerms<T, decltype(source), decltype(weigh)>{source, x.at(n, c) + s, mean[c],
-                                                               mean_lo[c], weigh};
+    return GradientTerms<T, decltype(source), decltype(weigh)>{
+        source, x.at(n, c) + s, mean[c], mean_lo[c], weigh, kept_dy.at(n, c, s),
+        kept_x.at(n, c, s)};
   }
   template <class Weigh>
   auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* means,
@@ -130,12 +141,27 @@ template <class T, class From, class At> struct BackwardTerms {
   }
 };
 
-/* How far ahead a row is fetched. Prefetchers follow a long row by themselves once told where it
- * goes on; of short ones the next row is fetched. */
-template <class T> inline ptrdiff_t ahead_of(const Grid& grid, ptrdiff_t n_stride) {
-  const ptrdiff_t row_bytes = grid.inner * static_cast<ptrdiff_t>(sizeof(T));
-  return row_bytes >= 8192 ? 2048 / static_cast<ptrdiff_t>(sizeof(T)) : n_stride;
-}
+/* What the sums of rows read next. A group's rows at one n are a run of memory; after the last n
+ * comes the next group. */
+template <class T, class Terms> struct Route {
+  static constexpr ptrdiff_t kAhead = kFetchAhead / (Terms::kArrays * sizeof(T));
+  ptrdiff_t outer, inner, run, n_stride, group_stride, runs_ahead;
+
+  Route(const Grid& grid, const Terms& terms)
+      : outer(grid.outer), inner(grid.inner), run(grid.width * grid.inner),
+        n_stride(terms.x.n_stride), group_stride(grid.width * terms.x.c_stride),
+        runs_ahead(kAhead / run) {}
+
+  ptrdiff_t to_run(ptrdiff_t n, ptrdiff_t runs) const {
+    const bool beyond = n + runs >= outer;
+    return runs * n_stride + (beyond ? group_stride - outer * n_stride : 0);
+  }
+  /* From the piece of the group's channel number c. */
+  Onward from(Piece piece, ptrdiff_t c) const {
+    if (runs_ahead > 0) return {PTRDIFF_MAX, to_run(piece.n, runs_ahead), 0};
+    return {run - kAhead - (c * inner + piece.s), kAhead, kAhead - run + to_run(piece.n, 1)};
+  }
+};
 
 /* End a chunk of channel c: its accumulator goes to the sums. */
 inline void flush(Accumulator* accumulator, SumTable sums, ptrdiff_t c) {
@@ -144,15 +170,23 @@ inline void flush(Accumulator* accumulator, SumTable sums, ptrdiff_t c) {
   *accumulator = Accumulator();
 }
 
+template <class Terms>
+inline void sum_row(const Terms& terms, ptrdiff_t n, Onward onward, Accumulator* sums) {
+  add_row(terms, n, onward, sums);
+  if (terms.keeps()) terms.keep(0, n);
+}
+
 /* Rows of one cell, into sums[first..last). */
 template <class T, class Terms>
-inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t first,
-                     ptrdiff_t last, ptrdiff_t block, SumTable sums) {
-  const ptrdiff_t ahead = ahead_of<T>(grid, n_stride), end = grid.first_position(block + 1);
+inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrdiff_t last,
+                     ptrdiff_t block, SumTable sums) {
+  const Route<T, Terms> route(grid, terms);
+  const ptrdiff_t end = grid.first_position(block + 1);
   if (grid.positions == 1) { // nothing to keep from one row of a channel to the next
     for (ptrdiff_t c = first; c < last; ++c) {
       Accumulator accumulator = {};
-      add_row(terms.row(0, c, 0), grid.inner, ahead, &accumulator);
+      sum_row(terms.row(0, c, 0), grid.inner, route.from({0, 0, grid.inner}, c - first),
+              &accumulator);
       flush(&accumulator, sums, c);
     }
     return;
@@ -163,7 +197,8 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, p
   for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t c = first; c < last; ++c)
-      add_row(terms.row(piece.n, c, piece.s), piece.length, ahead, &accumulators[c - first]);
+      sum_row(terms.row(piece.n, c, piece.s), piece.length, route.from(piece, c - first),
+              &accumulators[c - first]);
     filled += piece.length;
     if (filled < kChunk<T> && t + 1 < end) continue;
     filled = 0;
@@ -221,22 +256,24 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
 }
 
 template <class T, class Terms>
-inline void sum_block(const Grid& grid, const Terms& terms, ptrdiff_t n_stride, ptrdiff_t group,
-                      ptrdiff_t block, double* partial) {
+inline void sum_block(const Grid& grid, const Terms& terms, ptrdiff_t group, ptrdiff_t block,
+                      double* partial) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const SumTable sums = SumTable::of(partial, block, grid.channels);
   sums.clear(first, last);
   if (grid.columns) sum_columns<T>(grid, terms, first, last, block, sums);
-  else sum_rows<T>(grid, terms, n_stride, first, last, block, sums);
+  else sum_rows<T>(grid, terms, first, last, block, sums);
 }
 
-/* partial: (blocks, 4, C), see SumTable. */
+/* partial: (blocks, 4, C), see SumTable. keep: null, or where rows are kept, see Kept. */
 template <class T>
 inline void moments_block(const Grid& grid, View<const T> x, const Weights& weights,
-                          const double* shift, ptrdiff_t group, ptrdiff_t block, double* partial) {
+                          const double* shift, ptrdiff_t group, ptrdiff_t block, double* partial,
+                          T* keep) {
+  const auto kept = Kept<T>::of(grid, keep, group);
   weights.visit([&](auto positions) {
-    const MomentTerms<T, false, decltype(positions)> terms = {x, shift, nullptr, positions};
-    sum_block<T>(grid, terms, x.n_stride, group, block, partial);
+    const MomentTerms<T, false, decltype(positions)> terms = {x, shift, nullptr, positions, kept};
+    sum_block<T>(grid, terms, group, block, partial);
   });
 }
 
@@ -310,9 +347,9 @@ inline void rescale(const Grid& grid, View<const T> x, const Weights& weights, d
   if (ordinary) return;
   for (ptrdiff_t c = first; c < last; ++c) shift[c] *= unit[c];
   weights.visit([&](auto positions) {
-    const MomentTerms<T, true, decltype(positions)> terms = {x, shift, unit, positions};
+    const MomentTerms<T, true, decltype(positions)> terms = {x, shift, unit, positions, {}};
     for (ptrdiff_t block = 0; block < grid.blocks; ++block)
-      sum_block<T>(grid, terms, x.n_stride, group, block, partial);
+      sum_block<T>(grid, terms, group, block, partial);
   });
   merge_blocks(grid, group, partial);
 }
@@ -328,10 +365,11 @@ inline void centre_again(const Grid& grid, View<const T> x, const Weights& weigh
   double again[4] = {};
   const SumTable total = {&again[0], &again[1], &again[2], &again[3]};
   weights.visit([&](auto positions) {
-    const MomentTerms<T, Scaled, decltype(positions)> terms = {channel, &near, &unit, positions};
+    const MomentTerms<T, Scaled, decltype(positions)> terms = {
+        channel, &near, &unit, positions, {}};
     for (ptrdiff_t block = 0; block < grid.blocks; ++block) {
       if (grid.columns) sum_columns<T>(one, terms, 0, 1, block, total);
-      else sum_rows<T>(one, terms, x.n_stride, 0, 1, block, total);
+      else sum_rows<T>(one, terms, 0, 1, block, total);
     }
   });
   centre(again[0], again[1], again[2], again[3], near, weights.total, mean, mean_lo, m2);

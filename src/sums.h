@@ -30,6 +30,24 @@ BNCORE_INLINE void two_sum(double v, double* hi, double* lo) {
   *hi = total;
 }
 
+/* Bytes that are fetched ahead, over all arrays that are read: so many that memory's latency has
+ * passed when they are needed, and not so many that they leave the first-level cache before. */
+constexpr ptrdiff_t kFetchAhead = 8192;
+
+template <class T> BNCORE_INLINE void prefetch_lines(const T* p, ptrdiff_t n) {
+  constexpr ptrdiff_t line = 64 / sizeof(T);
+#pragma GCC unroll 8
+  for (ptrdiff_t i = 0; i < n; i += line) __builtin_prefetch(p + i);
+}
+
+/* Copy n elements, by vectors as far as these go. */
+template <class T> BNCORE_INLINE void copy_row(const T* from, ptrdiff_t n, T* to) {
+  constexpr ptrdiff_t lanes = kVectorBytes / sizeof(T);
+  ptrdiff_t i = 0;
+  for (; i + lanes <= n; i += lanes) store_unaligned(to + i, load_unaligned<Floats>(from + i));
+  std::memcpy(to + i, from + i, (n - i) * sizeof(T));
+}
+
 struct Accumulator {
   Wide first[kChains], second[kChains];
 
@@ -40,14 +58,18 @@ struct Accumulator {
 };
 
 /* What a row adds to the sums: term pairs of the elements at i, or of the k that are left. Scaled:
- * x is first multiplied by a power of two, and shift is that of the products. */
+ * x is first multiplied by a power of two, and shift is that of the products. `keep` copies what
+ * was read to where it is kept for the second reading. */
 template <class T, bool Scaled, class Weigh> struct Deviations {
   const T* x;
   double shift, unit;
   Weigh weigh;
+  T* kept;
 
   Wide centred(Wide v) const { return Scaled ? v * unit - shift : v - shift; }
   void prefetch(ptrdiff_t i, ptrdiff_t ahead) const { __builtin_prefetch(x + i + ahead); }
+  bool keeps() const { return kept; }
+  void keep(ptrdiff_t i, ptrdiff_t n) const { copy_row(x + i, n, kept + i); }
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
     Wide d = centred(load_wide<Whole>(x + i, k));
     if (!Whole) d = keep_first(d, k);
@@ -68,11 +90,17 @@ template <class T, class Source, class Weigh> struct GradientTerms {
   const T* x;
   double mean, mean_lo;
   Weigh weigh;
+  T *kept_dy, *kept_x;
 
   Wide centred(Wide v) const { return kNeedsLow<T> ? (v - mean) - mean_lo : v - mean; }
   void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
     __builtin_prefetch(x + i + ahead);
     __builtin_prefetch(source.dy + i + ahead);
+  }
+  bool keeps() const { return kept_x; }
+  void keep(ptrdiff_t i, ptrdiff_t n) const {
+    copy_row(source.dy + i, n, kept_dy + i);
+    copy_row(x + i, n, kept_x + i);
   }
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
     Wide g = to_wide(source.template dz<Narrow, Whole>(i, k));
@@ -85,11 +113,20 @@ template <class T, class Source, class Weigh> struct GradientTerms {
   }
 };
 
-/* Elements that one step adds. Prefetches are for memory `ahead` elements further on. */
+/* Where the memory is that is read some time later: `near` elements on from those of a row before
+ * `turn`, `far` elements on from the others. */
+struct Onward {
+  ptrdiff_t turn, near, far;
+
+  ptrdiff_t from(ptrdiff_t i) const { return i < turn ? near : far; }
+};
+
+/* Elements that one step adds. */
 constexpr ptrdiff_t kStep = kChains * kWide;
 
 template <class Terms>
-BNCORE_INLINE void add_step(const Terms& terms, ptrdiff_t i, ptrdiff_t ahead, Accumulator* sums) {
+BNCORE_INLINE void add_step(const Terms& terms, ptrdiff_t i, Onward onward, Accumulator* sums) {
+  const ptrdiff_t ahead = onward.from(i);
   terms.prefetch(i, ahead);
   if (kVectorBytes == 64) terms.prefetch(i + kStep / 2, ahead);
 #pragma GCC unroll 4
@@ -114,10 +151,10 @@ BNCORE_INLINE void add_rest(const Terms& terms, ptrdiff_t i, ptrdiff_t n, Accumu
 
 /* Add n contiguous elements. */
 template <class Terms>
-inline void add_row(const Terms& terms, ptrdiff_t n, ptrdiff_t ahead, Accumulator* sums) {
+inline void add_row(const Terms& terms, ptrdiff_t n, Onward onward, Accumulator* sums) {
   Accumulator local = *sums;
   ptrdiff_t i = 0;
-  for (; i + kStep <= n; i += kStep) add_step(terms, i, ahead, &local);
+  for (; i + kStep <= n; i += kStep) add_step(terms, i, onward, &local);
   add_rest(terms, i, n, &local);
   *sums = local;
 }
@@ -129,12 +166,6 @@ struct Product {
   Wide first, factor;
 };
 
-template <ptrdiff_t Width, class T> BNCORE_INLINE void prefetch_places(const T* p) {
-  constexpr ptrdiff_t line = 64 / sizeof(T);
-#pragma GCC unroll 4
-  for (ptrdiff_t i = 0; i < Width; i += line) __builtin_prefetch(p + i);
-}
-
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
@@ -144,7 +175,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
   Lines<Weigh> weights;
 
   template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
-    prefetch_places<Width>(x + row * x_stride + c);
+    prefetch_lines(x + row * x_stride + c, Width);
   }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
@@ -166,8 +197,8 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   Lines<Weigh> weights;
 
   template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
-    prefetch_places<Width>(x + row * strides.x + c);
-    prefetch_places<Width>(source.dy + row * strides.dy + c);
+    prefetch_lines(x + row * strides.x + c, Width);
+    prefetch_lines(source.dy + row * strides.dy + c, Width);
   }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
