@@ -14,6 +14,10 @@ from libc.stdint cimport int8_t, uint8_t
 
 from blocks cimport Epilogue, View, Weights, element
 
+cdef extern from "scratch.h" namespace "bncore" nogil:
+    cppclass Scratch:
+        double* take(size_t count)
+
 
 cdef struct Shape:
     ptrdiff_t outer             # N
@@ -77,9 +81,17 @@ cdef inline bint plain_parameter(object array, ptrdiff_t channels) noexcept:
     )
 
 
-cdef inline int worth(const Shape& shape, int num_threads) noexcept nogil:
-    """Threads worth starting: below some size a second one costs more than it brings."""
-    return num_threads if shape.outer * shape.channels * shape.inner > 32768 else 1
+cdef inline bint is_small(const Shape& shape) noexcept nogil:
+    """Whether a second thread, or others' turn at Python meanwhile, costs more than it brings."""
+    return shape.outer * shape.channels * shape.inner <= 32768
+
+
+cdef inline double* room(Scratch& scratch, size_t count) except NULL:
+    """So many numbers, or a MemoryError."""
+    cdef double* start = scratch.take(count)
+    if not start:
+        raise MemoryError("no memory for the sums of a batch")
+    return start
 
 
 cdef inline bint plain_eps(object eps) noexcept:

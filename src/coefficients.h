@@ -22,7 +22,9 @@ inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel
     const Real v = static_cast<Real>(value(c));
     for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
   }
-  for (ptrdiff_t i = places; i < grid.tile * places; ++i) line[i] = line[i - places];
+  const ptrdiff_t end = grid.tile * places;
+  for (ptrdiff_t done = places; done < end; done *= 2) // each time as much as there is already
+    std::memcpy(line + done, line, (2 * done < end ? done : end - done) * sizeof(Real));
 }
 
 /* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they

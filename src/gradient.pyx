@@ -9,15 +9,14 @@ bits.  x' is never stored; the sums are taken of dy (x - mean) and scaled by inv
 """
 
 cimport numpy as cnp
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 from libc.math cimport INFINITY
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of, equal_weights,
-    fill_gradient, fresh_like, gradient_like, kind_of, no_epilogue, plain_input, plain_like,
-    plain_output, plain_parameter, plain_view, plain_view_or_none, pointer, read_only,
-    same_or_apart, shape_of, view_of, weights_of, worth,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Scratch, Shape, apart, as_doubles, bits_of, epilogue_of,
+    equal_weights, fill_gradient, fresh_like, gradient_like, is_small, kind_of, no_epilogue,
+    plain_input, plain_like, plain_output, plain_parameter, plain_view, plain_view_or_none,
+    pointer, read_only, room, same_or_apart, shape_of, view_of, weights_of,
 )
 from blocks cimport (
     BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid, Half, Tickets,
@@ -196,6 +195,27 @@ cdef void differentiate(
             )
 
 
+cdef void differentiate_small(
+    const Grid& grid,
+    const Grid& cells,                      # the same cut for the second pass
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    double* partial,                        # (blocks, 4, C), scratch
+    const BackwardOutput[element]& output,  # dx, dz: (N, C, S)
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
+) noexcept nogil:
+    """`differentiate` where all stays in a cache: one thread, and as few cells as may be."""
+    cdef ptrdiff_t group, cell
+    for group in range(grid.groups):
+        reduce_group(grid, input, parameters, group, partial)
+        finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+    for cell in range(cells.groups * cells.blocks):
+        gradient_block(
+            cells, input, output, parameters, False, cell // cells.blocks, cell % cells.blocks
+        )
+
+
 cdef inline BackwardInput[element] plain_input_of(
     View[element] dy, View[element] x, const Shape& shape
 ) noexcept:
@@ -228,18 +248,15 @@ cdef inline Grid cells_of(const BackwardInput[element]& input, const Shape& shap
     )
 
 
-cdef double* scratch_for(const Grid& grid) except NULL:
+cdef inline double* sums_room(Scratch& scratch, const Grid& grid) except NULL:
     """Room for the sums, (blocks, 4, C), and for the gates, (2, C)."""
-    cdef void* scratch = PyMem_Malloc((4 * grid.blocks + 2) * grid.channels * sizeof(double))
-    if not scratch:
-        raise MemoryError("no memory for the sums of batch_norm_backward")
-    return <double*> scratch
+    return room(scratch, (4 * grid.blocks + 2) * grid.channels)
 
 
 cdef void prepare_gates(
     const Grid& grid,
     const BackwardInput[element]& input,
-    double* scratch,                        # from scratch_for
+    double* scratch,                        # from sums_room
     GradientParameters* parameters,         # its gates are set
     int num_threads,
 ) noexcept nogil:
@@ -263,10 +280,10 @@ cdef int reduce_as(
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
     cdef Grid grid = sums_of(input, shape)
-    cdef double* partial = scratch_for(grid)
+    cdef Scratch scratch
+    cdef double* partial = sums_room(scratch, grid)
     with nogil:
         reduce_all(grid, input, parameters, partial, &sums[0, 0], &sums[1, 0], num_threads)
-    PyMem_Free(partial)
     return 0
 
 
@@ -357,11 +374,11 @@ cdef int gate_as(
     input.weights, input.bits = weights_of(weights, shape), bits_of(bits)
     cdef Grid grid = cells_of(input, shape)
     cdef View[element] dz_view = view_of(dz, like)
-    cdef double* scratch = scratch_for(grid)
+    cdef Scratch scratch
+    cdef double* gates = sums_room(scratch, grid)
     with nogil:
-        prepare_gates(grid, input, scratch, &parameters, num_threads)
+        prepare_gates(grid, input, gates, &parameters, num_threads)
         gate_all(grid, input, parameters, dz_view, num_threads)
-    PyMem_Free(scratch)
     return 0
 
 
@@ -403,17 +420,17 @@ cdef int fixed_as(
     input.epilogue = epilogue_of(activation)
     cdef bint summing = sums is not None
     cdef Grid grid = sums_of(input, shape) if summing else cells_of(input, shape)
-    cdef double* scratch = scratch_for(grid)
-    cdef double* partial = scratch if summing else NULL
+    cdef Scratch scratch
+    cdef double* sums_and_gates = sums_room(scratch, grid)
+    cdef double* partial = sums_and_gates if summing else NULL
     cdef double* sum_dy = &sums[0, 0] if summing else NULL
     cdef double* sum_dy_xhat = &sums[1, 0] if summing else NULL
     cdef View[element] dx_view = view_of(dx, like)
     with nogil:
-        prepare_gates(grid, input, scratch, &parameters, num_threads)
+        prepare_gates(grid, input, sums_and_gates, &parameters, num_threads)
         differentiate_fixed(
             grid, input, parameters, partial, dx_view, sum_dy, sum_dy_xhat, num_threads
         )
-    PyMem_Free(scratch)
     return 0
 
 
@@ -464,7 +481,14 @@ cdef int backward_with_scratch(
     parameters.count = count if count > 0 else INFINITY
     cdef double* sum_dy = sums
     cdef double* sum_dy_xhat = sums + shape.channels
-    cdef double* partial = scratch_for(grid)
+    cdef Scratch scratch
+    cdef double* partial = sums_room(scratch, grid)
+    if is_small(shape) and output.dx.data != NULL:
+        prepare_gates(grid, input, partial, &parameters, 1)
+        differentiate_small(
+            grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat
+        )
+        return 0
     with nogil:
         prepare_gates(grid, input, partial, &parameters, num_threads)
         if output.dx.data != NULL:
@@ -476,7 +500,6 @@ cdef int backward_with_scratch(
                 reduce_all(grid, input, parameters, partial, sum_dy, sum_dy_xhat, num_threads)
             if output.dz.data != NULL:
                 gate_all(cells, input, parameters, output.dz, num_threads)
-    PyMem_Free(partial)
     return 0
 
 
@@ -543,8 +566,7 @@ cdef int backward_plain_as(
     cdef BackwardOutput[element] output = just(plain_view(dx, shape, like))
     output.dz = plain_view_or_none(dz, shape, like)
     return backward_with_scratch(
-        input, shape, stats, gamma, beta, input.weights.total, output, sums,
-        worth(shape, num_threads),
+        input, shape, stats, gamma, beta, input.weights.total, output, sums, num_threads
     )
 
 
@@ -578,26 +600,22 @@ def backward_plain(
     # Whatever can fail comes before the kernel, which may write over x or dy.
     dz = fresh_like(<cnp.ndarray> x) if with_dz else None
     result = dx, gradient_like(gamma), gradient_like(beta), dz
-    cdef double* converted = <double*> PyMem_Malloc(4 * shape.channels * sizeof(double))
-    if not converted:
-        raise MemoryError("no memory for the sums of batch_norm_backward")
+    cdef Scratch scratch
+    cdef double* converted = room(scratch, 4 * shape.channels)
     cdef double* sums = converted + 2 * shape.channels
     cdef const double* statistics = <const double*> cnp.PyArray_DATA(stats)
     cdef const double* gammas = as_doubles(gamma, converted)
     cdef const double* betas = as_doubles(beta, converted + shape.channels)
-    try:
-        if shape.type_number == cnp.NPY_FLOAT:
-            backward_plain_as(
-                <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas,
-                betas, bits, epilogue, dx, dz, sums, num_threads,
-            )
-        else:
-            backward_plain_as(
-                <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas,
-                betas, bits, epilogue, dx, dz, sums, num_threads,
-            )
-        fill_gradient(result[1], sums + shape.channels)
-        fill_gradient(result[2], sums)
-        return result
-    finally:
-        PyMem_Free(converted)
+    if shape.type_number == cnp.NPY_FLOAT:
+        backward_plain_as(
+            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
+            bits, epilogue, dx, dz, sums, num_threads,
+        )
+    else:
+        backward_plain_as(
+            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
+            bits, epilogue, dx, dz, sums, num_threads,
+        )
+    fill_gradient(result[1], sums + shape.channels)
+    fill_gradient(result[2], sums)
+    return result

@@ -117,7 +117,8 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
     /* Columns that stay in a cache are shared out without a barrier, others read in long lines. */
     const bool small = outer * channels * itemsize <= cached;
     grid.width = small ? kPacked / 2 : kSumLine;
-    if (channels < kPacked / 2) grid.tile = tile_of(kSumLine / 2 / channels, channels, purpose);
+    if (channels < kPacked / 2)
+      grid.tile = tile_of(clamp(kSumLine / 2 / channels, 1, outer), channels, purpose);
   }
   grid.cut(itemsize, cell, max_blocks);
   return grid;
@@ -143,7 +144,7 @@ inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   } else {
     grid.width = max_line(itemsize);
     if (channels < kPacked)
-      grid.tile = tile_of(line_tile(channels, itemsize), channels, purpose);
+      grid.tile = tile_of(clamp(line_tile(channels, itemsize), 1, outer), channels, purpose);
   }
   grid.cut(itemsize, cell, outer * inner);
   return grid;

@@ -12,15 +12,14 @@ Both ways walk one grid with the same arithmetic and give the same bits.
 
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 from libc.math cimport sqrt
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_for, bits_of, epilogue_of,
-    equal_weights, fresh_like, kind_of, plain_eps, plain_input, plain_output, plain_parameter,
-    plain_residual, plain_view, plain_view_or_none, pointer, read_only, shape_of, view_of,
-    weights_of, worth,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Scratch, Shape, apart, as_doubles, bits_for, bits_of,
+    epilogue_of, equal_weights, fresh_like, is_small, kind_of, plain_eps, plain_input,
+    plain_output, plain_parameter, plain_residual, plain_view, plain_view_or_none, pointer,
+    read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
     BFloat16, Epilogue, ForwardInput, Grid, Half, NormalizeParameters, Purpose, Tickets, Turns,
@@ -144,6 +143,34 @@ cdef void normalize_batch(
             )
 
 
+cdef void normalize_small(
+    const Grid& grid,
+    const Grid& cells,                      # the same cut for the second pass
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    const NormalizeParameters& parameters,
+    double eps,
+    double* partial,                        # (blocks, 4, C), scratch
+    double* shift,                          # (C,), scratch
+    double* unit,                           # (C,), scratch
+    View[element] y,                        # (N, C, S)
+    double* stats,                          # (4, C)
+) noexcept nogil:
+    """`normalize_batch` where all stays in a cache: one thread, and as few cells as may be."""
+    cdef ptrdiff_t group, cell, channels = grid.channels
+    cdef double* var = stats + 2 * channels
+    for group in range(grid.groups):
+        sum_group(grid, input, group, partial, shift)
+        finish_moments(
+            grid, input.x, input.weights, partial, shift, group, unit, stats, stats + channels,
+            var,
+        )
+        finish_inv_std(grid, input.weights, eps, group, unit, var, stats + 3 * channels)
+    for cell in range(cells.groups * cells.blocks):
+        normalize_block(
+            cells, input, y, parameters, False, cell // cells.blocks, cell % cells.blocks
+        )
+
+
 cdef void normalize_fixed(
     const Grid& grid,
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
@@ -200,18 +227,32 @@ cdef int batch_with_scratch(
         shape.outer, shape.channels, shape.inner, sizeof(element), purpose
     )
     cdef size_t sums = 4 * grid.blocks * grid.channels
-    cdef double* scratch = <double*> PyMem_Malloc(
-        (sums + 2 * grid.channels) * sizeof(double)
-    )
-    if not scratch:
-        raise MemoryError("no memory for the sums of batch_norm")
+    cdef Scratch scratch
+    cdef double* partial = room(scratch, sums + 2 * grid.channels)
+    cdef double* shift = partial + sums
+    cdef double* unit = shift + grid.channels
+    if is_small(shape):
+        normalize_small(
+            grid, cells, input, fitted(stats, shape.channels, gamma, beta), eps, partial, shift,
+            unit, y, stats,
+        )
+        return 0
     with nogil:
         normalize_batch(
-            grid, cells, input, gamma, beta, eps, scratch, scratch + sums,
-            scratch + sums + grid.channels, y, stats, num_threads,
+            grid, cells, input, gamma, beta, eps, partial, shift, unit, y, stats, num_threads
         )
-    PyMem_Free(scratch)
     return 0
+
+
+cdef inline NormalizeParameters fitted(
+    const double* stats, ptrdiff_t channels, const double* gamma, const double* beta
+) noexcept nogil:
+    """The parameters of a map by the statistics, (4, C), of its own batch."""
+    cdef NormalizeParameters parameters
+    parameters.mean, parameters.mean_lo = stats, stats + channels
+    parameters.inv_std = stats + 3 * channels
+    parameters.gamma, parameters.beta = gamma, beta
+    return parameters
 
 
 cdef int forward_as(
@@ -294,25 +335,21 @@ def forward_plain(
     cdef cnp.npy_intp stats_shape[2]
     stats_shape[0], stats_shape[1] = 4, shape.channels
     cdef cnp.ndarray stats = cnp.PyArray_EMPTY(2, stats_shape, cnp.NPY_DOUBLE, 0)
-    cdef double* converted = <double*> PyMem_Malloc(2 * shape.channels * sizeof(double))
-    if not converted:
-        raise MemoryError("no memory for the parameters of batch_norm")
+    cdef Scratch scratch
+    cdef double* converted = room(scratch, 2 * shape.channels)
     cdef const double* gammas = as_doubles(gamma, converted)
     cdef const double* betas = as_doubles(beta, converted + shape.channels)
     cdef double* results = <double*> cnp.PyArray_DATA(stats)
-    try:
-        if shape.type_number == cnp.NPY_FLOAT:
-            forward_plain_as(
-                <float*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
-                PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
-            )
-        else:
-            forward_plain_as(
-                <double*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
-                PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
-            )
-    finally:
-        PyMem_Free(converted)
+    if shape.type_number == cnp.NPY_FLOAT:
+        forward_plain_as(
+            <float*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
+            PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
+        )
+    else:
+        forward_plain_as(
+            <double*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
+            PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
+        )
     return y, stats, shape.axis, <double> (shape.outer * shape.inner), in_place, bits
 
 
@@ -336,8 +373,7 @@ cdef int forward_plain_as(
     )
     input.bits = bits_of(bits)
     return batch_with_scratch(
-        input, shape, gamma, beta, eps, plain_view(y, shape, like), stats,
-        worth(shape, num_threads),
+        input, shape, gamma, beta, eps, plain_view(y, shape, like), stats, num_threads
     )
 
 
@@ -414,39 +450,32 @@ def normalize_plain(
         return None
     cdef Epilogue epilogue = epilogue_of(activation)
     cdef ptrdiff_t c, channels = shape.channels
-    cdef double* converted = <double*> PyMem_Malloc(5 * channels * sizeof(double))
-    if not converted:
-        raise MemoryError("no memory for the parameters of batch_norm_inference")
+    cdef Scratch scratch
+    cdef double* converted = room(scratch, 5 * channels)
     cdef NormalizeParameters parameters
     cdef double* inv_std = converted + 4 * channels
     cdef const double* variances = as_doubles(var, converted + channels)
     cdef double offset = PyFloat_AS_DOUBLE(eps)
     cdef bint negative = False
-    cdef cnp.ndarray y
-    try:
-        for c in range(channels):
-            negative |= variances[c] < 0
-            inv_std[c] = 1 / sqrt(variances[c] + offset)
-        if negative:
-            return None
-        parameters.mean = as_doubles(mean, converted)
-        parameters.mean_lo = NULL
-        parameters.inv_std = inv_std
-        parameters.gamma = as_doubles(gamma, converted + 2 * channels)
-        parameters.beta = as_doubles(beta, converted + 3 * channels)
-        y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
-        if shape.type_number == cnp.NPY_FLOAT:
-            normalize_plain_as(
-                <float*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y,
-                num_threads,
-            )
-        else:
-            normalize_plain_as(
-                <double*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y,
-                num_threads,
-            )
-    finally:
-        PyMem_Free(converted)
+    for c in range(channels):
+        negative |= variances[c] < 0
+        inv_std[c] = 1 / sqrt(variances[c] + offset)
+    if negative:
+        return None
+    parameters.mean = as_doubles(mean, converted)
+    parameters.mean_lo = NULL
+    parameters.inv_std = inv_std
+    parameters.gamma = as_doubles(gamma, converted + 2 * channels)
+    parameters.beta = as_doubles(beta, converted + 3 * channels)
+    cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    if shape.type_number == cnp.NPY_FLOAT:
+        normalize_plain_as(
+            <float*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y, num_threads
+        )
+    else:
+        normalize_plain_as(
+            <double*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y, num_threads
+        )
     return y
 
 
@@ -461,6 +490,9 @@ cdef int normalize_plain_as(
     cdef Grid grid = map_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
     )
+    if is_small(shape):
+        normalize_fixed(grid, input, parameters, y_view, 1)
+        return 0
     with nogil:
-        normalize_fixed(grid, input, parameters, y_view, worth(shape, num_threads))
+        normalize_fixed(grid, input, parameters, y_view, num_threads)
     return 0

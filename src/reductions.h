@@ -176,17 +176,32 @@ inline void sum_row(const Terms& terms, ptrdiff_t n, Onward onward, Accumulator*
   if (terms.keeps()) terms.keep(0, n);
 }
 
+/* Whether the rows of one channel after the other are summed, in one accumulator and a chunk each:
+ * where a channel has one row, or all rows stay in a first-level cache and their order in memory
+ * is no matter. The sums are the same. */
+template <class T>
+inline bool sums_by_channel(const Grid& grid, ptrdiff_t first, ptrdiff_t last,
+                            ptrdiff_t positions) {
+  constexpr ptrdiff_t cached = 16 * 1024; // of each array
+  const ptrdiff_t size = positions * grid.segment;
+  return grid.positions == 1 ||
+         (size <= kChunk<T> && (last - first) * size * static_cast<ptrdiff_t>(sizeof(T)) <= cached);
+}
+
 /* Rows of one cell, into sums[first..last). */
 template <class T, class Terms>
 inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrdiff_t last,
                      ptrdiff_t block, SumTable sums) {
   const Route<T, Terms> route(grid, terms);
-  const ptrdiff_t end = grid.first_position(block + 1);
-  if (grid.positions == 1) { // nothing to keep from one row of a channel to the next
+  const ptrdiff_t begin = grid.first_position(block), end = grid.first_position(block + 1);
+  if (sums_by_channel<T>(grid, first, last, end - begin)) {
     for (ptrdiff_t c = first; c < last; ++c) {
       Accumulator accumulator = {};
-      sum_row(terms.row(0, c, 0), grid.inner, route.from({0, 0, grid.inner}, c - first),
-              &accumulator);
+      for (ptrdiff_t t = begin; t < end; ++t) {
+        const Piece piece = Piece::at(grid, t);
+        sum_row(terms.row(piece.n, c, piece.s), piece.length, route.from(piece, c - first),
+                &accumulator);
+      }
       flush(&accumulator, sums, c);
     }
     return;
@@ -194,7 +209,7 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrd
   Accumulator accumulators[kMaxRowsWidth];
   for (ptrdiff_t c = first; c < last; ++c) accumulators[c - first] = Accumulator();
   ptrdiff_t filled = 0;
-  for (ptrdiff_t t = grid.first_position(block); t < end; ++t) {
+  for (ptrdiff_t t = begin; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     for (ptrdiff_t c = first; c < last; ++c)
       sum_row(terms.row(piece.n, c, piece.s), piece.length, route.from(piece, c - first),
@@ -206,11 +221,20 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrd
   }
 }
 
-/* Add the places of a line, folded by channel, to sums[first..last). */
+/* line[i] += more[i], which do not overlap */
+inline void add_line(const double* __restrict more, ptrdiff_t n, double* __restrict line) {
+  for (ptrdiff_t i = 0; i < n; ++i) line[i] += more[i];
+}
+
+/* Add the places of a line, folded by channel, to sums[first..last): a tile's upper half onto its
+ * lower half until one line is left. */
 inline void fold_line(const Grid& grid, ptrdiff_t first, ptrdiff_t last, ptrdiff_t tile,
                       double* line, double* sum, double* sum_lo) {
   const ptrdiff_t channels = last - first, repeat = grid.inner, places = channels * repeat;
-  for (ptrdiff_t i = places; i < tile * places; ++i) line[i % places] += line[i];
+  for (ptrdiff_t lines = tile, kept; lines > 1; lines = kept) {
+    kept = (lines + 1) / 2;
+    add_line(line + kept * places, (lines - kept) * places, line);
+  }
   for (ptrdiff_t c = 0; repeat > 1 && c < channels; ++c) {
     double total = 0;
     for (ptrdiff_t s = 0; s < repeat; ++s) total += line[c * repeat + s];

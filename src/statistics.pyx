@@ -9,12 +9,11 @@ One reading of the data suffices, except where that value was no good guess (`fi
 """
 
 cimport numpy as cnp
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, is_plain, kind_of, plain_like, plain_parameter,
-    read_only, shape_of, view_of, weights_of,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Scratch, Shape, apart, is_plain, kind_of, plain_like,
+    plain_parameter, read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
     BFloat16, Grid, Half, Purpose, View, Weights, element, finish_moments, moments_block, pilot,
@@ -66,17 +65,13 @@ cdef int moments_as(
         shape.outer, shape.channels, shape.inner, sizeof(element), purpose
     )
     cdef size_t sums = 4 * grid.blocks * grid.channels
-    cdef double* scratch = <double*> PyMem_Malloc(
-        (sums + 2 * grid.channels) * sizeof(double)
-    )
-    if not scratch:
-        raise MemoryError("no memory for the sums of moments")
+    cdef Scratch scratch
+    cdef double* partial = room(scratch, sums + 2 * grid.channels)
     with nogil:
         compute_moments(
-            grid, read_only(view), weights, scratch, scratch + sums,
-            scratch + sums + grid.channels, &stats[0, 0], &stats[1, 0], &stats[2, 0], num_threads,
+            grid, read_only(view), weights, partial, partial + sums,
+            partial + sums + grid.channels, &stats[0, 0], &stats[1, 0], &stats[2, 0], num_threads,
         )
-    PyMem_Free(scratch)
     return 0
 
 
