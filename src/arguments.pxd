@@ -12,11 +12,7 @@ from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from libc.math cimport INFINITY
 from libc.stdint cimport int8_t, uint8_t
 
-from blocks cimport Epilogue, View, Weights, element
-
-cdef extern from "scratch.h" namespace "bncore" nogil:
-    cppclass Scratch:
-        double* take(size_t count)
+from blocks cimport Epilogue, Scratch, View, Weights, element
 
 
 cdef struct Shape:

@@ -17,7 +17,7 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
   const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
   write_row<Writer::kStream, false>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
                                     writer.out.at(t, c), count * channels * grid.inner,
-                                    seams->of(grid.tile == 1 ? t : 0));
+                                    Writer::kStream ? seams->of(grid, t) : nullptr);
 }
 
 /* Write every row or line of one cell. */
@@ -40,7 +40,8 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
     for (ptrdiff_t c = first; c < last; ++c)
       write_row<Writer::kStream, Writer::kStream>(
           writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh),
-          writer.out.at(piece.n, c) + piece.s, piece.length, seams->of(piece.n));
+          writer.out.at(piece.n, c) + piece.s, piece.length,
+          Writer::kStream ? seams->of(grid, piece.n) : nullptr);
   }
 }
 
@@ -63,7 +64,8 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
       write_and_add_row<Writer::kStream>(
           writer.map(PickUniform<T>{&table, i}, piece.n, written + i, piece.s, Unweighted()),
           writer.out.at(piece.n, written + i) + piece.s, terms.row(piece.n, summed + i, piece.s),
-          piece.length, route.from(piece, i), seams->of(piece.n), &accumulators[i]);
+          piece.length, route.from(piece, i), Writer::kStream ? seams->of(grid, piece.n) : nullptr,
+          &accumulators[i]);
     filled += piece.length;
     if (filled < kChunk<T> && t + 1 < end) continue;
     filled = 0;
@@ -433,15 +435,22 @@ inline void fixed_gradient_block(const Grid& grid, const BackwardInput<T>& input
   });
 }
 
-/* Hands out groups to the threads of a team, each once, whoever comes: a batch of neighbours at a
- * time, lest small groups have two cores write to one line of statistics. */
+/* Hands out groups, or cells, to the threads of a team, each once, whoever comes: neighbours
+ * together, many at first and fewer as they run out. */
 struct Tickets {
   std::atomic<ptrdiff_t> taken{0};
-  ptrdiff_t batch = 1;
+  ptrdiff_t count = 0, least = 1, share = 4;
+  bool reversed = false;
 
-  void set_batch(const Grid& grid, ptrdiff_t itemsize, ptrdiff_t threads) {
+  /* Groups; of small ones several at a time, lest two cores write to one line of statistics. */
+  void hand_out_groups(const Grid& grid, ptrdiff_t itemsize, int threads) {
     constexpr ptrdiff_t worth = 128 * 1024; // bytes
-    batch = clamp(worth / (grid.group_size() * itemsize), 1, 1 + grid.groups / (4 * threads));
+    count = grid.groups, share = 4 * threads;
+    least = clamp(worth / (grid.group_size() * itemsize), 1, 1 + grid.groups / share);
+  }
+  /* Cells, from the last one on where so is wanted. */
+  void hand_out_cells(const Grid& grid, int threads, bool from_last) {
+    count = grid.groups * grid.blocks, share = 4 * threads, reversed = from_last;
   }
 };
 
@@ -449,12 +458,18 @@ struct Tickets {
 struct Turns {
   ptrdiff_t next = 0, end = 0;
 
+  /* A group or cell, or -1 where none is left. */
   ptrdiff_t take(Tickets* tickets) {
     if (next == end) {
-      next = tickets->taken.fetch_add(tickets->batch, std::memory_order_relaxed);
-      end = next + tickets->batch;
+      next = tickets->taken.load(std::memory_order_relaxed);
+      do {
+        if (next == tickets->count) return end = next, -1;
+        const ptrdiff_t left = tickets->count - next;
+        end = next + clamp(left / tickets->share, tickets->least < left ? tickets->least : left, left);
+      } while (!tickets->taken.compare_exchange_weak(next, end, std::memory_order_relaxed));
     }
-    return next++;
+    const ptrdiff_t turn = next++;
+    return tickets->reversed ? tickets->count - 1 - turn : turn;
   }
 };
 

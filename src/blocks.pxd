@@ -12,7 +12,7 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         ptrdiff_t outer, channels, inner
         ptrdiff_t width, groups
         ptrdiff_t positions, blocks
-        bint columns
+        bint columns, weighted
         ptrdiff_t first_channel(ptrdiff_t group)
         ptrdiff_t last_channel(ptrdiff_t group)
         ptrdiff_t group_size()
@@ -59,20 +59,28 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         Epilogue epilogue
         Weights weights
         uint8_t* bits
+        T* keep
         Purpose purpose()
     cppclass BackwardInput[T]:
         View[const T] dy, x, residual
         Epilogue epilogue
         Weights weights
         const uint8_t* bits
+        T* keep
         Purpose purpose()
     cppclass BackwardOutput[T]:
         View[T] dx, dz
 
+    cppclass Kept[T]:
+        @staticmethod
+        ptrdiff_t size(const Grid&)
+    cppclass Seams[T]:
+        pass
+
     # partial: (blocks, 4, C) sums, merged by the finish functions of a group
     double pilot[T](const Grid&, View[const T], const Weights&, ptrdiff_t channel)
     void moments_block[T](const Grid&, View[const T], const Weights&, const double* shift,
-                          ptrdiff_t group, ptrdiff_t block, double* partial)
+                          ptrdiff_t group, ptrdiff_t block, double* partial, T* keep)
     void finish_moments[T](const Grid&, View[const T], const Weights&, double* partial,
                            double* shift, ptrdiff_t group, double* unit, double* mean,
                            double* mean_lo, double* m2)
@@ -80,7 +88,7 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
                         const double* unit, double* var, double* inv_std)
     void normalize_block[T](const Grid&, const ForwardInput[T]&, View[T] y,
                             const NormalizeParameters&, bint stream, ptrdiff_t group,
-                            ptrdiff_t block)
+                            ptrdiff_t block, Seams[T]*)
     void find_gates[T](const BackwardInput[T]&, const GradientParameters&, ptrdiff_t first,
                        ptrdiff_t last, double* gate_low, double* gate_high)
     void reduce_block[T](const Grid&, const BackwardInput[T]&, const GradientParameters&,
@@ -88,27 +96,40 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     void finish_sums(const Grid&, double* partial, const double* inv_std, ptrdiff_t group,
                      double* sum_dy, double* sum_dy_xhat)
     void gate_block[T](const Grid&, const BackwardInput[T]&, View[T] dz,
-                       const GradientParameters&, bint stream, ptrdiff_t group, ptrdiff_t block)
+                       const GradientParameters&, bint stream, ptrdiff_t group, ptrdiff_t block,
+                       Seams[T]*)
     void gradient_block[T](const Grid&, const BackwardInput[T]&, const BackwardOutput[T]&,
                            const GradientParameters&, bint stream, ptrdiff_t group,
-                           ptrdiff_t block)
+                           ptrdiff_t block, Seams[T]*)
     void fixed_gradient_block[T](const Grid&, const BackwardInput[T]&, View[T] dx,
                                  const GradientParameters&, bint stream, ptrdiff_t group,
-                                 ptrdiff_t block)
+                                 ptrdiff_t block, Seams[T]*)
 
-    # The same with the sums of another group's cell, where grid.pairs(group, next).
+    # The same with the sums of another group's cell, where rows are kept and
+    # grid.pairs(group, next).
     void normalize_and_sum_block[T](const Grid&, const ForwardInput[T]&, View[T] y,
                                     const NormalizeParameters&, bint stream, ptrdiff_t group,
                                     ptrdiff_t block, ptrdiff_t next, const double* shift,
-                                    double* partial)
+                                    double* partial, Seams[T]*)
     void gradient_and_sum_block[T](const Grid&, const BackwardInput[T]&,
                                    const BackwardOutput[T]&, const GradientParameters&,
                                    bint stream, ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
-                                   double* partial)
+                                   double* partial, Seams[T]*)
     cppclass Tickets:
-        void set_batch(const Grid&, ptrdiff_t itemsize, ptrdiff_t threads)
+        void hand_out_groups(const Grid&, ptrdiff_t itemsize, int threads)
+        void hand_out_cells(const Grid&, int threads, bint from_last)
     cppclass Turns:
         ptrdiff_t take(Tickets*)
+
+cdef extern from "team.h" namespace "bncore" nogil:
+    void join_team()
+
+cdef extern from "scratch.h" namespace "bncore" nogil:
+    cppclass Scratch:
+        double* take(size_t count)
+    cppclass KeptMemory[T]:
+        void allocate(ptrdiff_t size, int threads)
+        T* of(int thread)
 
 ctypedef fused element:
     float

@@ -26,6 +26,9 @@ template <class T> struct Gate {
   /* Where it is closed: not for a NaN. */
   template <class V> static auto closed(V z, V low, V high) { return (z <= low) | (z >= high); }
   template <class V> auto closed(V z) const { return closed(z, low - V{}, high - V{}); }
+  template <class V> uint32_t closed_bits(V z) const {
+    return bits_outside(z, low - V{}, high - V{});
+  }
   template <class Lanes, class V> V apply(Lanes closed, V dy) const {
     const V otherwise = outside == 0 ? V{} : dy * outside;
     return closed ? otherwise : dy;
@@ -93,15 +96,18 @@ template <class T, class Latent> struct LatentSource {
   }
 };
 
-/* Keep `count` bits, at most 64 - 7, from bit i of p on; those before it are there already, and
- * the last byte begun is filled up with 0. */
+/* Keep `count` bits, 64 or at most 57, from bit i of p on; those before it are there already, and the
+ * last byte begun is filled up with 0. Where count is a constant so are the sizes of the stores. */
 BNCORE_INLINE void keep_bits(uint8_t* p, ptrdiff_t i, uint64_t bits, int count) {
   uint8_t* const byte = p + i / 8;
-  const int before = static_cast<int>(i % 8), whole = (before + count) / 8;
+  const int before = static_cast<int>(i % 8), whole = count / 8;
   uint64_t word = bits << before;
   if (before) word |= *byte & ((1u << before) - 1);
   std::memcpy(byte, &word, whole);
-  if ((before + count) % 8) byte[whole] = static_cast<uint8_t>(word >> 8 * whole);
+  const int left = before + count % 8; // bits after the whole bytes
+  const uint64_t rest = whole < 8 ? word >> 8 * whole : before ? bits >> (64 - before) : 0;
+  if (left > 0) byte[whole] = static_cast<uint8_t>(rest);
+  if (left > 8) byte[whole + 1] = static_cast<uint8_t>(rest >> 8);
 }
 
 /* ------------------------------------------------------------------------ intervals of x */

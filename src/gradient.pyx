@@ -9,21 +9,23 @@ bits.  x' is never stored; the sums are taken of dy (x - mean) and scaled by inv
 """
 
 cimport numpy as cnp
-from cython.parallel cimport parallel, prange
+from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Scratch, Shape, apart, as_doubles, bits_of, epilogue_of,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of,
     equal_weights, fill_gradient, fresh_like, gradient_like, is_small, kind_of, no_epilogue,
     plain_input, plain_like, plain_output, plain_parameter, plain_view, plain_view_or_none,
     pointer, read_only, room, same_or_apart, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid, Half, Tickets,
-    Turns, View, element, find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
-    gradient_block, map_grid, reduce_block, sum_grid,
+    BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid, Half, Kept,
+    KeptMemory, Scratch, Seams, Tickets, Turns, View, element, find_gates, finish_sums,
+    fixed_gradient_block, gate_block, gradient_and_sum_block, gradient_block, join_team,
+    map_grid,
+    reduce_block, sum_grid,
 )
-from traffic cimport is_resident, is_streamed
+from traffic cimport is_resident, is_streamed, keeps_rows
 
 cnp.import_array()
 
@@ -44,8 +46,29 @@ cdef void reduce_all(
             reduce_block(
                 grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
             )
+        join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+
+
+cdef void gradient_cells(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    bint stream,
+    const BackwardOutput[element]& output,  # dx, dz: (N, C, S)
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part of dx: cell after cell as they lie in memory."""
+    cdef Turns turns
+    cdef Seams[element] seams
+    cdef ptrdiff_t cell = turns.take(tickets)
+    while cell >= 0:
+        gradient_block(
+            grid, input, output, parameters, stream, cell % grid.groups, cell // grid.groups,
+            &seams,
+        )
+        cell = turns.take(tickets)
 
 
 cdef void apply_all(
@@ -56,14 +79,30 @@ cdef void apply_all(
     int num_threads,
 ) noexcept nogil:
     """dx = gamma inv_std (dz - (sum_dy + x' sum_dy_xhat) / n)"""
-    cdef ptrdiff_t cell
     cdef bint stream = is_streamed(grid, sizeof(element))
-    for cell in prange(
-        grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
-    ):
-        gradient_block(
-            grid, input, output, parameters, stream, cell // grid.blocks, cell % grid.blocks
+    cdef Tickets tickets
+    tickets.hand_out_cells(grid, num_threads, False)
+    with parallel(num_threads=num_threads):
+        gradient_cells(grid, input, parameters, stream, output, &tickets)
+
+
+cdef void gate_cells(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x, residual: (N, C, S)
+    const GradientParameters& parameters,
+    bint stream,
+    View[element] dz,                       # (N, C, S)
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part of dz."""
+    cdef Turns turns
+    cdef Seams[element] seams
+    cdef ptrdiff_t cell = turns.take(tickets)
+    while cell >= 0:
+        gate_block(
+            grid, input, dz, parameters, stream, cell % grid.groups, cell // grid.groups, &seams
         )
+        cell = turns.take(tickets)
 
 
 cdef void gate_all(
@@ -74,12 +113,35 @@ cdef void gate_all(
     int num_threads,
 ) noexcept nogil:
     """dz = activation'(z) dy"""
-    cdef ptrdiff_t cell
     cdef bint stream = is_streamed(grid, sizeof(element))
-    for cell in prange(
-        grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
-    ):
-        gate_block(grid, input, dz, parameters, stream, cell // grid.blocks, cell % grid.blocks)
+    cdef Tickets tickets
+    tickets.hand_out_cells(grid, num_threads, False)
+    with parallel(num_threads=num_threads):
+        gate_cells(grid, input, parameters, stream, dz, &tickets)
+
+
+cdef void fixed_cells(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    bint stream,
+    double* partial,                        # (blocks, 4, C), scratch; NULL: no sums are taken
+    View[element] dx,                       # (N, C, S); NULL: only the sums
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part: the sums of a cell, and dx of it while it is cached."""
+    cdef Turns turns
+    cdef Seams[element] seams
+    cdef ptrdiff_t group, block, cell = turns.take(tickets)
+    while cell >= 0:
+        group, block = cell % grid.groups, cell // grid.groups
+        if partial != NULL:
+            reduce_block(grid, input, parameters, group, block, partial)
+        if dx.data != NULL:
+            fixed_gradient_block(
+                grid, input, dx, parameters, stream, group, block, &seams
+            )
+        cell = turns.take(tickets)
 
 
 cdef void differentiate_fixed(
@@ -93,21 +155,15 @@ cdef void differentiate_fixed(
     int num_threads,
 ) noexcept nogil:
     """dx = gamma inv_std dz, and the sums of the same cell while it is cached"""
-    cdef ptrdiff_t cell, group
+    cdef ptrdiff_t group
     cdef bint stream = is_streamed(grid, sizeof(element))
+    cdef Tickets tickets
+    tickets.hand_out_cells(grid, num_threads, False)
     with parallel(num_threads=num_threads):
-        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
-            if partial != NULL:
-                reduce_block(
-                    grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
-                )
-            if dx.data != NULL:
-                fixed_gradient_block(
-                    grid, input, dx, parameters, stream, cell // grid.blocks, cell % grid.blocks
-                )
-        if partial != NULL:
-            for group in prange(grid.groups, schedule="static"):
-                finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+        fixed_cells(grid, input, parameters, stream, partial, dx, &tickets)
+    if partial != NULL:
+        for group in range(grid.groups):
+            finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
 
 
 cdef void reduce_group(
@@ -124,32 +180,36 @@ cdef void reduce_group(
 
 cdef void differentiate_groups(
     const Grid& grid,
-    const BackwardInput[element]& input,    # dy, x, residual: (N, C, S)
+    BackwardInput[element] input,           # dy, x, residual: (N, C, S)
     const GradientParameters& parameters,
     bint stream,
     double* partial,                        # (blocks, 4, C), scratch
+    element* keep,                          # scratch for a group's rows, or NULL
     const BackwardOutput[element]& output,  # dx, dz: (N, C, S)
     double* sum_dy,                         # (C,)
     double* sum_dy_xhat,                    # (C,)
     Tickets* tickets,
 ) noexcept nogil:
-    """One thread's part: reduce a group, then apply it while the next one is reduced."""
+    """One thread's part: reduce a group, then apply it; while the next is reduced, if it can be."""
     cdef Turns turns
+    cdef Seams[element] seams
     cdef ptrdiff_t block, following, group = turns.take(tickets)
-    if group < grid.groups:
+    input.keep = keep
+    if group >= 0:
         reduce_group(grid, input, parameters, group, partial)
-    while group < grid.groups:
+    while group >= 0:
         finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
         following = turns.take(tickets)
-        if grid.pairs(group, following):
+        if keep != NULL and grid.pairs(group, following):
             for block in range(grid.blocks):
                 gradient_and_sum_block(
-                    grid, input, output, parameters, stream, group, block, following, partial
+                    grid, input, output, parameters, stream, group, block, following, partial,
+                    &seams,
                 )
         else:
             for block in range(grid.blocks - 1, -1, -1):
-                gradient_block(grid, input, output, parameters, stream, group, block)
-            if following < grid.groups:
+                gradient_block(grid, input, output, parameters, stream, group, block, &seams)
+            if following >= 0:
                 reduce_group(grid, input, parameters, following, partial)
         group = following
 
@@ -169,30 +229,34 @@ cdef void differentiate(
     cdef ptrdiff_t group, cell
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
+    cdef KeptMemory[element] kept
     if is_resident(grid, 2 * sizeof(element), num_threads):
-        tickets.set_batch(grid, sizeof(element), num_threads)
+        tickets.hand_out_groups(grid, sizeof(element), num_threads)
+        if keeps_rows(grid, stream):
+            kept.allocate(2 * Kept[element].size(grid), num_threads)
         if num_threads == 1: # without OpenMP's microsecond
             differentiate_groups(
-                grid, input, parameters, stream, partial, output, sum_dy, sum_dy_xhat, &tickets
+                grid, input, parameters, stream, partial, kept.of(0), output, sum_dy, sum_dy_xhat,
+                &tickets,
             )
             return
         with parallel(num_threads=num_threads):
             differentiate_groups(
-                grid, input, parameters, stream, partial, output, sum_dy, sum_dy_xhat, &tickets
+                grid, input, parameters, stream, partial, kept.of(threadid()), output, sum_dy,
+                sum_dy_xhat, &tickets,
             )
         return
+    tickets.hand_out_cells(cells, num_threads, True)
     with parallel(num_threads=num_threads):
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             reduce_block(
                 grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
             )
+        join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
-        for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
-            gradient_block(
-                cells, input, output, parameters, stream, cell // cells.blocks,
-                cell % cells.blocks,
-            )
+        join_team()
+        gradient_cells(cells, input, parameters, stream, output, &tickets)
 
 
 cdef void differentiate_small(
@@ -207,12 +271,14 @@ cdef void differentiate_small(
 ) noexcept nogil:
     """`differentiate` where all stays in a cache: one thread, and as few cells as may be."""
     cdef ptrdiff_t group, cell
+    cdef Seams[element] seams
     for group in range(grid.groups):
         reduce_group(grid, input, parameters, group, partial)
         finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
     for cell in range(cells.groups * cells.blocks):
         gradient_block(
-            cells, input, output, parameters, False, cell // cells.blocks, cell % cells.blocks
+            cells, input, output, parameters, False, cell % cells.groups, cell // cells.groups,
+            &seams,
         )
 
 
@@ -225,6 +291,7 @@ cdef inline BackwardInput[element] plain_input_of(
     input.residual.data = NULL
     input.epilogue, input.weights = no_epilogue(), equal_weights(shape)
     input.bits = NULL
+    input.keep = NULL
     return input
 
 

@@ -48,7 +48,7 @@ struct Grid {
   }
   /* Whether one group can be written while another is summed. */
   bool pairs(ptrdiff_t group, ptrdiff_t next) const {
-    return !columns && !weighted && next < groups &&
+    return !columns && !weighted && next >= 0 &&
            last_channel(group) - first_channel(group) == width &&
            last_channel(next) - first_channel(next) == width;
   }

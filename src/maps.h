@@ -12,7 +12,7 @@
 #ifndef BNCORE_MAPS_H
 #define BNCORE_MAPS_H
 
-#include "sums.h"
+#include "grid.h"
 
 namespace bncore {
 
@@ -110,7 +110,7 @@ constexpr int kVectorsInLine = kCacheLine / (Element<T>::kLanes * static_cast<in
 /* Keep the gates of Vectors vectors of a row from element i on, k elements of the last one. */
 template <int Vectors, class T, class Map, class Vec>
 BNCORE_INLINE void keep_gates(const Map& map, const Vec (&z)[Vectors], ptrdiff_t i, int k) {
-  constexpr int lanes = Element<T>::kLanes, together = 32 / lanes < Vectors ? 32 / lanes : Vectors;
+  constexpr int lanes = Element<T>::kLanes, together = 64 / lanes < Vectors ? 64 / lanes : Vectors;
   if constexpr (Map::kKeepsGate) {
     if (!map.bits) return;
 #pragma GCC unroll 4
@@ -118,7 +118,7 @@ BNCORE_INLINE void keep_gates(const Map& map, const Vec (&z)[Vectors], ptrdiff_t
       uint64_t closed = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < together; ++v)
-        closed |= static_cast<uint64_t>(bits_of_lanes(map.gate.closed(z[j + v]))) << v * lanes;
+        closed |= static_cast<uint64_t>(map.gate.closed_bits(z[j + v])) << v * lanes;
       const int count = (together - 1) * lanes + k;
       if (k < lanes) closed &= (uint64_t(1) << count) - 1;
       keep_bits(map.bits, map.first_bit + i + j * lanes, closed, count);
@@ -161,8 +161,8 @@ BNCORE_INLINE void write_cached(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n
 template <class T> struct Seam {
   static constexpr int kPlaces = kCacheLine / sizeof(T);
   alignas(kCacheLine) T line[kPlaces];
-  T* at = nullptr;        // the line in memory; null: nothing waits
-  int begin = 0, end = 0; // the places that wait
+  T* at;          // the line in memory; null: nothing waits
+  int begin, end; // the places that wait
 
   /* Make room for places [first, last) of the line at `to`. */
   void open(T* to, int first, int last) {
@@ -189,17 +189,23 @@ template <class T> struct Seam {
   }
 };
 
-/* The seams of a thread, one for each outer position as far as they go: from one group of channels
- * to the next, rows go on where those of the same position have ended. */
+/* The seams of a thread. Where a group has all channels each of its rows or lines goes on where the
+ * one before has ended; else a row of the next group does, so that each outer position has a seam
+ * of its own, as far as they go. */
 template <class T> struct Seams {
   static constexpr ptrdiff_t kCount = 64;
   Seam<T> seams[kCount];
+  ptrdiff_t used = 0;
 
-  Seam<T>* of(ptrdiff_t n) { return &seams[n % kCount]; }
+  Seam<T>* of(const Grid& grid, ptrdiff_t n) {
+    const ptrdiff_t i = grid.groups == 1 ? 0 : n % kCount;
+    for (; used <= i; ++used) seams[used].at = nullptr;
+    return &seams[i];
+  }
   /* Nothing waits any more, and what was streamed can be read. */
   ~Seams() {
-    for (Seam<T>& seam : seams) seam.flush();
-    stream_fence();
+    for (ptrdiff_t i = 0; i < used; ++i) seams[i].flush();
+    if (used) stream_fence();
   }
 };
 

@@ -12,21 +12,21 @@ Both ways walk one grid with the same arithmetic and give the same bits.
 
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE
-from cython.parallel cimport parallel, prange
+from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport sqrt
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Scratch, Shape, apart, as_doubles, bits_for, bits_of,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_for, bits_of,
     epilogue_of, equal_weights, fresh_like, is_small, kind_of, plain_eps, plain_input,
     plain_output, plain_parameter, plain_residual, plain_view, plain_view_or_none, pointer,
     read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BFloat16, Epilogue, ForwardInput, Grid, Half, NormalizeParameters, Purpose, Tickets, Turns,
-    View, element, finish_inv_std, finish_moments, map_grid, moments_block,
-    normalize_and_sum_block, normalize_block, pilot, sum_grid,
+    BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters, Purpose,
+    Scratch, Seams, Tickets, Turns, View, element, finish_inv_std, finish_moments, join_team,
+    map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
 )
-from traffic cimport is_resident, is_streamed
+from traffic cimport is_resident, is_streamed, keeps_rows
 
 cnp.import_array()
 
@@ -42,28 +42,33 @@ cdef void sum_group(
     for c in range(grid.first_channel(group), grid.last_channel(group)):
         shift[c] = pilot(grid, input.x, input.weights, c)
     for block in range(grid.blocks):
-        moments_block(grid, input.x, input.weights, shift, group, block, partial)
+        moments_block(
+            grid, input.x, input.weights, shift, group, block, partial, input.keep
+        )
 
 
 cdef void normalize_groups(
     const Grid& grid,
-    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    ForwardInput[element] input,            # x, residual: (N, C, S)
     const NormalizeParameters& parameters,
     double eps,
     bint stream,
     double* partial,                        # (blocks, 4, C), scratch
     double* shift,                          # (C,), scratch
     double* unit,                           # (C,), scratch
+    element* keep,                          # scratch for a group's rows, or NULL
     View[element] y,                        # (N, C, S)
     double* stats,                          # (4, C)
     Tickets* tickets,
 ) noexcept nogil:
-    """One thread's part: sum a group, then normalize it while the next one is summed."""
+    """One thread's part: sum a group, then normalize it; while the next is summed, if it can be."""
     cdef Turns turns
+    cdef Seams[element] seams
     cdef ptrdiff_t channels = grid.channels, c, block, following, group = turns.take(tickets)
-    if group < grid.groups:
+    input.keep = keep
+    if group >= 0:
         sum_group(grid, input, group, partial, shift)
-    while group < grid.groups:
+    while group >= 0:
         finish_moments(
             grid, input.x, input.weights, partial, shift, group, unit, stats, stats + channels,
             stats + 2 * channels,
@@ -72,27 +77,46 @@ cdef void normalize_groups(
             grid, input.weights, eps, group, unit, stats + 2 * channels, stats + 3 * channels
         )
         following = turns.take(tickets)
-        if grid.pairs(group, following):
+        if keep != NULL and grid.pairs(group, following):
             for c in range(grid.first_channel(following), grid.last_channel(following)):
                 shift[c] = pilot(grid, input.x, input.weights, c)
             for block in range(grid.blocks):
                 normalize_and_sum_block(
-                    grid, input, y, parameters, stream, group, block, following, shift, partial
+                    grid, input, y, parameters, stream, group, block, following, shift, partial,
+                    &seams,
                 )
         else:
             for block in range(grid.blocks - 1, -1, -1):
-                normalize_block(grid, input, y, parameters, stream, group, block)
-            if following < grid.groups:
+                normalize_block(grid, input, y, parameters, stream, group, block, &seams)
+            if following >= 0:
                 sum_group(grid, input, following, partial, shift)
         group = following
+
+
+cdef void normalize_cells(
+    const Grid& grid,
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    const NormalizeParameters& parameters,
+    bint stream,
+    View[element] y,                        # (N, C, S)
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part: cell after cell as they lie in memory."""
+    cdef Turns turns
+    cdef Seams[element] seams
+    cdef ptrdiff_t cell = turns.take(tickets)
+    while cell >= 0:
+        normalize_block(
+            grid, input, y, parameters, stream, cell % grid.groups, cell // grid.groups, &seams
+        )
+        cell = turns.take(tickets)
 
 
 cdef void normalize_batch(
     const Grid& grid,
     const Grid& cells,                      # the same cut for the second pass
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
-    const double* gamma,                    # (C,) or NULL
-    const double* beta,                     # (C,) or NULL
+    const NormalizeParameters& parameters,
     double eps,
     double* partial,                        # (blocks, 4, C), scratch
     double* shift,                          # (C,), scratch
@@ -107,40 +131,43 @@ cdef void normalize_batch(
     cdef double* mean_lo = stats + channels
     cdef double* var = stats + 2 * channels
     cdef double* inv_std = stats + 3 * channels
-    cdef NormalizeParameters parameters
-    parameters.mean, parameters.mean_lo, parameters.inv_std = mean, mean_lo, inv_std
-    parameters.gamma, parameters.beta = gamma, beta
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
+    cdef KeptMemory[element] kept
     if is_resident(grid, sizeof(element), num_threads):
-        tickets.set_batch(grid, sizeof(element), num_threads)
+        tickets.hand_out_groups(grid, sizeof(element), num_threads)
+        if keeps_rows(grid, stream):
+            kept.allocate(Kept[element].size(grid), num_threads)
         if num_threads == 1: # without OpenMP's microsecond
             normalize_groups(
-                grid, input, parameters, eps, stream, partial, shift, unit, y, stats, &tickets
+                grid, input, parameters, eps, stream, partial, shift, unit, kept.of(0), y, stats,
+                &tickets,
             )
             return
         with parallel(num_threads=num_threads):
             normalize_groups(
-                grid, input, parameters, eps, stream, partial, shift, unit, y, stats, &tickets
+                grid, input, parameters, eps, stream, partial, shift, unit, kept.of(threadid()),
+                y, stats, &tickets,
             )
         return
+    tickets.hand_out_cells(cells, num_threads, True)
     with parallel(num_threads=num_threads):
         for c in prange(channels, schedule="static"):
             shift[c] = pilot(grid, input.x, input.weights, c)
+        join_team()
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             moments_block(
                 grid, input.x, input.weights, shift, cell // grid.blocks, cell % grid.blocks,
-                partial,
+                partial, input.keep,
             )
+        join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_moments(
                 grid, input.x, input.weights, partial, shift, group, unit, mean, mean_lo, var
             )
             finish_inv_std(grid, input.weights, eps, group, unit, var, inv_std)
-        for cell in prange(cells.groups * cells.blocks - 1, -1, -1, schedule="dynamic"):
-            normalize_block(
-                cells, input, y, parameters, stream, cell // cells.blocks, cell % cells.blocks
-            )
+        join_team()
+        normalize_cells(cells, input, parameters, stream, y, &tickets)
 
 
 cdef void normalize_small(
@@ -158,6 +185,7 @@ cdef void normalize_small(
     """`normalize_batch` where all stays in a cache: one thread, and as few cells as may be."""
     cdef ptrdiff_t group, cell, channels = grid.channels
     cdef double* var = stats + 2 * channels
+    cdef Seams[element] seams
     for group in range(grid.groups):
         sum_group(grid, input, group, partial, shift)
         finish_moments(
@@ -167,7 +195,7 @@ cdef void normalize_small(
         finish_inv_std(grid, input.weights, eps, group, unit, var, stats + 3 * channels)
     for cell in range(cells.groups * cells.blocks):
         normalize_block(
-            cells, input, y, parameters, False, cell // cells.blocks, cell % cells.blocks
+            cells, input, y, parameters, False, cell % cells.groups, cell // cells.groups, &seams
         )
 
 
@@ -179,17 +207,14 @@ cdef void normalize_fixed(
     int num_threads,
 ) noexcept nogil:
     """y = activation(gamma (x - mean) inv_std + beta + residual), the statistics given"""
-    cdef ptrdiff_t cell
     cdef bint stream = is_streamed(grid, sizeof(element))
-    if grid.groups * grid.blocks == 1:
-        normalize_block(grid, input, y, parameters, stream, 0, 0)
+    cdef Tickets tickets
+    tickets.hand_out_cells(grid, num_threads, False)
+    if num_threads == 1 or grid.groups * grid.blocks == 1: # without OpenMP's microsecond
+        normalize_cells(grid, input, parameters, stream, y, &tickets)
         return
-    for cell in prange(
-        grid.groups * grid.blocks, schedule="dynamic", num_threads=num_threads
-    ):
-        normalize_block(
-            grid, input, y, parameters, stream, cell // grid.blocks, cell % grid.blocks
-        )
+    with parallel(num_threads=num_threads):
+        normalize_cells(grid, input, parameters, stream, y, &tickets)
 
 
 cdef void normalize_without_values(
@@ -231,15 +256,15 @@ cdef int batch_with_scratch(
     cdef double* partial = room(scratch, sums + 2 * grid.channels)
     cdef double* shift = partial + sums
     cdef double* unit = shift + grid.channels
+    cdef NormalizeParameters parameters = fitted(stats, shape.channels, gamma, beta)
     if is_small(shape):
         normalize_small(
-            grid, cells, input, fitted(stats, shape.channels, gamma, beta), eps, partial, shift,
-            unit, y, stats,
+            grid, cells, input, parameters, eps, partial, shift, unit, y, stats
         )
         return 0
     with nogil:
         normalize_batch(
-            grid, cells, input, gamma, beta, eps, partial, shift, unit, y, stats, num_threads
+            grid, cells, input, parameters, eps, partial, shift, unit, y, stats, num_threads
         )
     return 0
 
@@ -361,6 +386,7 @@ cdef inline ForwardInput[element] input_of(
     input.x, input.residual, input.epilogue = read_only(x), read_only(residual), epilogue
     input.weights = equal_weights(shape)
     input.bits = NULL
+    input.keep = NULL
     return input
 
 

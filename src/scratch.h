@@ -28,6 +28,29 @@ class Scratch {
   double few_[kFew];
 };
 
+/* Memory for rows that are kept (see Kept in grid.h), a piece for each thread of a team. Where it
+ * can't be had nothing is kept. */
+template <class T> class KeptMemory {
+ public:
+  KeptMemory() = default;
+  KeptMemory(const KeptMemory&) = delete;
+  KeptMemory& operator=(const KeptMemory&) = delete;
+  ~KeptMemory() { std::free(data_); }
+
+  /* `size` elements for each of so many threads; once. */
+  void allocate(std::ptrdiff_t size, int threads) {
+    constexpr std::size_t line = 64;
+    size_ = size;
+    const std::size_t bytes = size * sizeof(T) * threads;
+    data_ = static_cast<T*>(std::aligned_alloc(line, (bytes + line - 1) / line * line));
+  }
+  T* of(int thread) const { return data_ ? data_ + thread * size_ : nullptr; }
+
+ private:
+  T* data_ = nullptr;
+  std::ptrdiff_t size_ = 0;
+};
+
 } // namespace bncore
 
 #endif

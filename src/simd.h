@@ -547,6 +547,19 @@ template <class Lanes> inline uint32_t bits_of_lanes(Lanes v) {
   return bits;
 }
 
+/* A bit for each lane, 1 where v <= low or v >= high. */
+template <class V> inline uint32_t bits_outside(V v, V low, V high) {
+#if defined(__AVX512VL__)
+  if constexpr (std::is_same_v<V, Floats>)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)low, _CMP_LE_OQ) |
+           _mm512_cmp_ps_mask((__m512)v, (__m512)high, _CMP_GE_OQ);
+  if constexpr (std::is_same_v<V, Wide>)
+    return _mm512_cmp_pd_mask((__m512d)v, (__m512d)low, _CMP_LE_OQ) |
+           _mm512_cmp_pd_mask((__m512d)v, (__m512d)high, _CMP_GE_OQ);
+#endif
+  return bits_of_lanes((v <= low) | (v >= high));
+}
+
 alignas(64) inline constexpr int32_t kBitOfLane[16] = {
     1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
 alignas(64) inline constexpr int64_t kBitOfWideLane[8] = {1, 2, 4, 8, 16, 32, 64, 128};

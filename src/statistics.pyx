@@ -12,12 +12,12 @@ cimport numpy as cnp
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Scratch, Shape, apart, is_plain, kind_of, plain_like,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, is_plain, kind_of, plain_like,
     plain_parameter, read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BFloat16, Grid, Half, Purpose, View, Weights, element, finish_moments, moments_block, pilot,
-    sum_grid,
+    BFloat16, Grid, Half, Purpose, Scratch, View, Weights, element, finish_moments, join_team,
+    moments_block, pilot, sum_grid,
 )
 
 cnp.import_array()
@@ -44,10 +44,13 @@ cdef void compute_moments(
     with nogil, parallel(num_threads=num_threads):
         for c in prange(grid.channels, schedule="static"):
             shift[c] = pilot(grid, x, weights, c)
+        join_team()
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             moments_block(
-                grid, x, weights, shift, cell // grid.blocks, cell % grid.blocks, partial
+                grid, x, weights, shift, cell // grid.blocks, cell % grid.blocks, partial,
+                <element*> NULL,
             )
+        join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_moments(grid, x, weights, partial, shift, group, unit, mean, mean_lo, m2)
             for c in range(grid.first_channel(group), grid.last_channel(group)):

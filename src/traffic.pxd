@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Where data is: what decides between cached and streamed ways to the same bits."""
+"""Where data is: what decides between the ways, cached, kept or streamed, to the same bits."""
 
 from blocks cimport Grid
 
@@ -21,6 +21,14 @@ cdef inline bint is_resident(
         grid.group_size() * bytes_per_element <= RESIDENT_BYTES
         and (num_threads == 1 or grid.groups >= 4 * num_threads)
     )
+
+
+cdef inline bint keeps_rows(const Grid& grid, bint streamed) noexcept nogil:
+    """Whether the rows of a group that is_resident are kept where they can be read again.
+
+    Where all is cached anyway it would be a detour.
+    """
+    return streamed and not grid.columns and not grid.weighted
 
 
 cdef inline bint is_streamed(const Grid& grid, ptrdiff_t bytes_per_element) noexcept nogil:
