@@ -77,7 +77,7 @@ struct Purpose {
 
 /* Whether planes are so small, and so many to a channel, that columns serve them better. */
 inline bool has_small_planes(ptrdiff_t outer, ptrdiff_t inner) {
-  return inner > 1 && inner <= kMaxLine / 16 && outer >= kStripRows;
+  return inner > 1 && inner <= kMaxLine / 16 && outer >= 16;
 }
 
 /* Channels whose small planes make a line of so many places: a multiple of 8, for bytes of bits. */

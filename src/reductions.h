@@ -259,11 +259,6 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
     const ptrdiff_t tile = grid.tile <= end - n ? grid.tile : 1;
     const ptrdiff_t places = tile * channels * grid.inner;
     const ptrdiff_t lines = clamp((end - n) / tile, 1, chain);
-    /* After a block's last line comes the neighbouring group, if there is one. */
-    const bool done = n + lines * tile >= end;
-    const bool is_last = done && grid.blocks == 1;
-    const Ahead next = is_last ? Ahead{(lines - 1) / kStripRows * -kStripRows, places}
-                               : Ahead{kStripRows, 0};
     std::memset(line[0], 0, (places + kPad) * sizeof(double));
     std::memset(line[1], 0, (places + kPad) * sizeof(double));
     for (ptrdiff_t i = 0, rows; i < lines; i += rows) {
@@ -271,7 +266,7 @@ inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, p
       const ptrdiff_t at = n + i * tile;
       const auto weights = spread.lines(terms.weights, {at, rows, tile, channels, grid.inner});
       add_columns(terms.column(at, first, tile, constants[0], constants[1], weights), rows, places,
-                  i + rows < lines ? Ahead{rows, 0} : next, line[0], line[1]);
+                  line[0], line[1]);
     }
     fold_line(grid, first, last, tile, line[0], sums.first, sums.first_lo);
     fold_line(grid, first, last, tile, line[1], sums.second, sums.second_lo);

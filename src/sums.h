@@ -169,6 +169,7 @@ struct Product {
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
+  static constexpr ptrdiff_t kAhead = kFetchAhead / sizeof(T);
   const T* x;
   ptrdiff_t x_stride;
   const double *shift, *unit;
@@ -188,6 +189,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
 };
 
 template <class T, class Source, class Weigh> struct ColumnGradientTerms {
+  static constexpr ptrdiff_t kAhead = kFetchAhead / (2 * sizeof(T));
   typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
@@ -210,29 +212,24 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   }
 };
 
-/* Rows that are summed in registers before the accumulators in memory are touched, and vectors of
- * a row that are taken together: a cache line or two, so that each is fetched once, whatever the
- * distance from row to row. */
-constexpr ptrdiff_t kStripRows = 16;
+/* Rows that are read side by side and summed in registers before the accumulators in memory are
+ * touched: as many streams as the hardware's prefetchers follow. And vectors of a row that are
+ * taken together: a cache line or two. */
+constexpr ptrdiff_t kStripRows = 8;
 constexpr int kStripVectors = 4;
-
-/* Where the memory is that is read next. */
-struct Ahead {
-  ptrdiff_t rows, places;
-};
 
 /* Fetches what is read next, line after line in the order of memory, which is what the hardware's
  * own prefetchers follow; strips by themselves go from row to row. */
 template <class Terms> struct Fetcher {
   static constexpr ptrdiff_t kWidth = kStripVectors * kWide;
   const Terms& terms;
-  ptrdiff_t row, begin, end, place;
+  ptrdiff_t row, places, place;
 
   BNCORE_INLINE void step() {
     terms.template prefetch<kWidth>(row, place);
     place += kWidth;
-    if (place + kWidth > end) {
-      place = begin;
+    if (place + kWidth > places) {
+      place = 0;
       ++row;
     }
   }
@@ -264,10 +261,9 @@ BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, 
  * value: no store can be thought to change them. */
 template <class Terms>
 inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t places,
-                       Ahead ahead, double* first, double* second) {
+                       ptrdiff_t rows_ahead, double* first, double* second) {
   constexpr ptrdiff_t wide = kStripVectors * kWide;
-  Fetcher<Terms> fetcher = {terms, row + ahead.rows, ahead.places, ahead.places + places,
-                            ahead.places};
+  Fetcher<Terms> fetcher = {terms, row + rows_ahead, places, 0};
   ptrdiff_t c = 0;
   for (; c + wide <= places; c += wide)
     add_strip<kStripVectors, true>(terms, row, rows, c, kWide, &fetcher, first, second);
@@ -278,16 +274,14 @@ inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff
                         second);
 }
 
-/* Add `rows` rows of `places` places to first[c] and second[c]; what is read after them lies at
- * `next`, seen from the first of the last kStripRows rows. */
+/* Add `rows` rows of `places` places to first[c] and second[c]. */
 template <class Terms>
-inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, Ahead next,
-                        double* first, double* second) {
-  for (ptrdiff_t row = 0; row < rows; row += kStripRows) {
-    const bool last = row + kStripRows >= rows;
-    add_strips(terms, row, last ? rows - row : kStripRows, places,
-               last ? next : Ahead{kStripRows, 0}, first, second);
-  }
+inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, double* first,
+                        double* second) {
+  const ptrdiff_t rows_ahead = Terms::kAhead / places / kStripRows * kStripRows + kStripRows;
+  for (ptrdiff_t row = 0; row < rows; row += kStripRows)
+    add_strips(terms, row, row + kStripRows < rows ? kStripRows : rows - row, places, rows_ahead,
+               first, second);
 }
 
 } // namespace bncore
