@@ -73,6 +73,12 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
   }
 }
 
+/* Where a cell's results begin. */
+template <class T>
+inline const T* start_of(const Grid& grid, View<T> out, ptrdiff_t group, ptrdiff_t block) {
+  return out.at(grid.first_position(block) / grid.segments, grid.first_channel(group));
+}
+
 /* Writers: the map of a row and where it goes. */
 template <class T, class Activation, bool Residual, bool Scaled, class Positions, bool Stream>
 struct NormalizeWriter {
@@ -201,7 +207,7 @@ template <class T, class Work>
 inline void normalize_work(const Work& work, const ForwardInput<T>& input, View<T> y,
                            const NormalizeParameters& p, bool stream) {
   typedef EveryPosition Every;
-  CoefficientTable<T> table;
+  CoefficientTable<T> table(work.grid, start_of(work.grid, y, work.group, work.block));
   const int activation = input.epilogue.activation;
   const bool plain = !input.residual.data && activation == 0;
   const bool scaled = fill_normalize<T>(work.grid, p, work.group, !plain, &table);
@@ -224,7 +230,7 @@ inline void normalize_work(const Work& work, const ForwardInput<T>& input, View<
 template <class T>
 inline void normalize_weighted(const JustWrite<T>& work, const ForwardInput<T>& input, View<T> y,
                                const NormalizeParameters& p, bool stream) {
-  CoefficientTable<T> table;
+  CoefficientTable<T> table(work.grid, start_of(work.grid, y, work.group, work.block));
   fill_normalize<T>(work.grid, p, work.group, true, &table);
   input.weights.visit_some([&](auto weights) {
     if (input.residual.data)
@@ -297,12 +303,11 @@ inline void find_gates(const BackwardInput<T>& input, const GradientParameters& 
   Grid one = {};
   one.width = one.inner = one.tile = one.step = 1;
   one.channels = last;
-  CoefficientTable<T> table;
+  CoefficientTable<T> table(one, nullptr);
   for (ptrdiff_t c = first; c < last; ++c) {
     fill_normalize<T>(one, p, c, true, &table);
-    const auto& row = table.row;
-    const Ramp<Real> z = {row[kMeanHi][0], row[kMeanLo][0], row[kScale][0], row[kOffset][0],
-                          row[kUnit][0]};
+    const auto of = [&](int which) { return table.row(which)[0]; };
+    const Ramp<Real> z = {of(kMeanHi), of(kMeanLo), of(kScale), of(kOffset), of(kUnit)};
     Real low, high;
     gate_interval(gate, z, &low, &high);
     gate_low[c] = low;
@@ -326,7 +331,7 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
   };
   input.visit(grid, [&](const auto& from) {
     if constexpr (!kHasInterval<std::decay_t<decltype(from)>>) return sum(from, nullptr);
-    CoefficientTable<T> table;
+    CoefficientTable<T> table(grid, nullptr);
     fill_gates(grid, p, group, &table);
     sum(from, &table);
   });
@@ -337,7 +342,7 @@ template <class T>
 inline void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> dz,
                        const GradientParameters& p, bool stream, ptrdiff_t group,
                        ptrdiff_t block, Seams<T>* seams) {
-  CoefficientTable<T> table;
+  CoefficientTable<T> table(grid, start_of(grid, dz, group, block));
   const JustWrite<T> work = {grid, group, block, seams};
   const auto write = [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
@@ -364,7 +369,7 @@ inline void gradient_work(const Work& work, const From& from, Positions weights,
                           View<T> dx, const GradientParameters& p, bool stream) {
   constexpr bool gated = kHasInterval<From>;
   constexpr bool with_unit = Positions::kAny;
-  CoefficientTable<T> table;
+  CoefficientTable<T> table(work.grid, start_of(work.grid, dx, work.group, work.block));
   const bool scaled = fill_gradient<T>(work.grid, p, work.group, gated, with_unit, &table);
   if (scaled || with_unit) {
     if (stream) work(table, GradientWriter<T, true, true, From, Positions>{from, x, dx, weights});
@@ -410,7 +415,7 @@ inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& inp
                     from.of(kept), EveryPosition(), kept.x, output.dx, p, stream);
     };
     if constexpr (!kHasInterval<From>) return work(nullptr);
-    CoefficientTable<T> table;
+    CoefficientTable<T> table(grid, nullptr);
     fill_gates(grid, p, next, &table);
     work(&table);
   });
@@ -422,10 +427,10 @@ inline void fixed_gradient_block(const Grid& grid, const BackwardInput<T>& input
                                  const GradientParameters& p, bool stream, ptrdiff_t group,
                                  ptrdiff_t block, Seams<T>* seams) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  CoefficientTable<T> table;
+  CoefficientTable<T> table(grid, start_of(grid, dx, group, block));
   fill_line(grid, last - first, [&](ptrdiff_t c) {
     return finite<typename Element<T>::Real>(scale_of(p, first + c));
-  }, table.row[kScale]);
+  }, table.row(kScale));
   const JustWrite<T> work = {grid, group, block, seams};
   input.visit(grid, [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;

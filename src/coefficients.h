@@ -36,7 +36,17 @@ enum {
 };
 
 template <class T> struct CoefficientTable {
-  alignas(64) typename Element<T>::Real row[kRows][max_line(sizeof(T)) + kPad];
+  typedef typename Element<T>::Real Real;
+  static constexpr ptrdiff_t kPlaces = max_line(sizeof(T)) + Element<T>::kLanes + kPad;
+  alignas(64) Real rows[kRows][kPlaces];
+  ptrdiff_t phase; // where in a vector a line begins
+
+  /* For a cell whose results go to `out`: what vectors of columns read is aligned as they are. */
+  CoefficientTable(const Grid& grid, const T* out)
+      : phase(grid.columns ? place_in_line(out) % Element<T>::kLanes : 0) {}
+
+  Real* row(int which) { return rows[which] + phase; }
+  const Real* row(int which) const { return rows[which] + phase; }
 };
 
 /* A coefficient as a map takes it. */
@@ -44,13 +54,13 @@ template <class T> struct PickUniform {
   template <class U> using Coefficient = Uniform<U>;
   const CoefficientTable<T>* table;
   ptrdiff_t c;
-  Uniform<T> operator()(int which) const { return {table->row[which][c]}; }
+  Uniform<T> operator()(int which) const { return {table->row(which)[c]}; }
 };
 
 template <class T> struct PickPerPlace {
   template <class U> using Coefficient = PerPlace<U>;
   const CoefficientTable<T>* table;
-  PerPlace<T> operator()(int which) const { return {table->row[which]}; }
+  PerPlace<T> operator()(int which) const { return {table->row(which)}; }
 };
 
 /* Per-channel statistics and parameters; null stands for mean_lo 0, gamma 1, beta 0. */
@@ -120,9 +130,9 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   }
   for (ptrdiff_t c = 0; p.mean_lo && c < channels; ++c)
     lo[c] = static_cast<Real>((mean[c] * unit[c] - hi[c]) + p.mean_lo[first + c] * unit[c]);
-  fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row[kMeanHi]);
-  fill_line(grid, channels, [&](ptrdiff_t c) { return lo[c]; }, table->row[kMeanLo]);
-  if (scaled) fill_line(grid, channels, [&](ptrdiff_t c) { return unit[c]; }, table->row[kUnit]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row(kMeanHi));
+  fill_line(grid, channels, [&](ptrdiff_t c) { return lo[c]; }, table->row(kMeanLo));
+  if (scaled) fill_line(grid, channels, [&](ptrdiff_t c) { return unit[c]; }, table->row(kUnit));
   return scaled;
 }
 
@@ -139,12 +149,12 @@ inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t grou
   double unit[max_line(sizeof(T))];
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   if (with_unit && !scaled)
-    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
+    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
   fill_line(grid, channels, [&](ptrdiff_t c) {
     return finite<typename Element<T>::Real>(scale_of(p, first + c) / unit[c]);
-  }, table->row[kScale]);
+  }, table->row(kScale));
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
-            table->row[kOffset]);
+            table->row(kOffset));
   return scaled;
 }
 
@@ -154,9 +164,9 @@ inline void fill_gates(const Grid& grid, const GradientParameters& p, ptrdiff_t 
                        CoefficientTable<T>* table) {
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.gate_low[first + c]; },
-            table->row[kGateLow]);
+            table->row(kGateLow));
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.gate_high[first + c]; },
-            table->row[kGateHigh]);
+            table->row(kGateHigh));
 }
 
 /* The coefficients of dx in a group; whether a unit is not 1. */
@@ -168,17 +178,17 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
   double unit[max_line(sizeof(T))];
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   if (with_unit && !scaled)
-    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row[kUnit]);
+    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
   const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
   const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
   fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(scale_of(p, first + c)); },
-            table->row[kScale]);
-  fill_line(grid, channels, shift_hi, table->row[kShiftHi]);
+            table->row(kScale));
+  fill_line(grid, channels, shift_hi, table->row(kShiftHi));
   fill_line(grid, channels, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
-            table->row[kShiftLo]);
+            table->row(kShiftLo));
   fill_line(grid, channels, [&](ptrdiff_t c) {
     return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
-  }, table->row[kSlope]);
+  }, table->row(kSlope));
   if (gated) fill_gates(grid, p, group, table);
   return scaled;
 }

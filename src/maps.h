@@ -104,8 +104,6 @@ struct FixedGradient : OneStep<T> {
   }
 };
 
-constexpr int kCacheLine = 64; // bytes
-
 /* Vectors of T that fill a line of the cache. A line stored past the cache wants to be stored
  * whole before another is begun: few of them can be open at a time. */
 template <class T>
@@ -212,10 +210,6 @@ template <class T> struct Seams {
     if (used) stream_fence();
   }
 };
-
-template <class T> inline int place_in_line(const T* p) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kCacheLine / sizeof(T));
-}
 
 /* Write what stands before the first line that is the row's own; the number of those elements. */
 template <class T, class Map>

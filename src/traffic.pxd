@@ -7,7 +7,7 @@ cdef enum:
     # A group and its result beside it stay in a second-level cache of 1 to 2 MB.
     RESIDENT_BYTES = 2 << 20
     # Beyond this a result is not read back from any cache, and storing past it saves a read.
-    STREAMED_BYTES = 1 << 21
+    STREAMED_BYTES = 1 << 22
 
 
 cdef inline bint is_resident(
