@@ -85,7 +85,7 @@ template <class T, template <class> class Coefficient, bool Residual, bool Scale
   const T* residual;
   Coefficient<T> mean_hi, mean_lo, scale, offset, unit;
 
-  template <class V, bool Whole> V z(ptrdiff_t i, int k) const {
+  template <class V, bool Whole> BNCORE_INLINE V z(ptrdiff_t i, int k) const {
     V v = load_as<V, Whole>(x + i, k);
     if (Scaled) v *= unit.template as<V>(i);
     const V d = (v - mean_hi.template as<V>(i)) - mean_lo.template as<V>(i);

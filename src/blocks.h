@@ -168,7 +168,13 @@ template <class T, class Terms> struct WriteAndSum {
   }
 };
 
-/* What a forward pass reads, and the gates it keeps. */
+/* Whether lines of so many channels follow one another; those of no array do. */
+template <class T> inline bool is_gapless(ptrdiff_t channels, View<T> view) {
+  return !view.data || view.n_stride == channels;
+}
+
+/* What a forward pass reads, and the gates it keeps. The grid for its sums follows from the shape
+ * alone, that for its maps may look at where arrays lie. */
 template <class T> struct ForwardInput {
   View<const T> x, residual; // no residual: null
   Epilogue epilogue;
@@ -176,7 +182,11 @@ template <class T> struct ForwardInput {
   uint8_t* bits; // null: none are kept
   T* keep;       // where a group's rows are kept from the sums on, see Kept; null: nowhere
 
-  Purpose purpose() const { return {weights.any(), bits != nullptr}; }
+  Purpose to_sum() const { return {weights.any(), bits != nullptr, false}; }
+  Purpose to_map(ptrdiff_t channels, View<T> y) const {
+    return {weights.any(), bits != nullptr,
+            is_gapless(channels, x) && is_gapless(channels, residual) && is_gapless(channels, y)};
+  }
   /* What is read of a group once it has been summed. */
   ForwardInput again(const Grid& grid, ptrdiff_t group) const {
     ForwardInput input = *this;
@@ -262,6 +272,11 @@ inline void normalize_and_sum_block(const Grid& grid, const ForwardInput<T>& inp
                  input.again(grid, group), y, p, stream);
 }
 
+/* What a backward pass writes; dz, the gradient of what was added to z, only where asked for. */
+template <class T> struct BackwardOutput {
+  View<T> dx, dz;
+};
+
 /* What a backward pass reads. The gates of an activation are given as bits, or as intervals of x
  * among the parameters; only where dz alone is computed, a residual may tell them. */
 template <class T> struct BackwardInput {
@@ -271,7 +286,12 @@ template <class T> struct BackwardInput {
   const uint8_t* bits; // null: none were kept
   T* keep;             // as in ForwardInput: dy, then x
 
-  Purpose purpose() const { return {weights.any(), bits != nullptr}; }
+  Purpose to_sum() const { return {weights.any(), bits != nullptr, false}; }
+  Purpose to_map(ptrdiff_t channels, const BackwardOutput<T>& output) const {
+    return {weights.any(), bits != nullptr,
+            is_gapless(channels, dy) && is_gapless(channels, x) && is_gapless(channels, residual) &&
+                is_gapless(channels, output.dx) && is_gapless(channels, output.dz)};
+  }
   Kept<T> kept_dy(const Grid& grid, ptrdiff_t group) const {
     return Kept<T>::of(grid, keep, group);
   }
@@ -357,11 +377,6 @@ inline void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> 
   fill_normalize(grid, p, group, true, &table);
   write(LatentGradient<T>{input.dy, input.x, input.residual, Gate<T>(input.epilogue)});
 }
-
-/* What a backward pass writes; dz, the gradient of what was added to z, only where asked for. */
-template <class T> struct BackwardOutput {
-  View<T> dx, dz;
-};
 
 /* dx of one cell. */
 template <class T, class Work, class From, class Positions>

@@ -18,7 +18,7 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         ptrdiff_t group_size()
         bint pairs(ptrdiff_t group, ptrdiff_t next)
     struct Purpose:
-        bint weighted, packed
+        bint weighted, packed, gapless
     Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                   Purpose)
     Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
@@ -60,16 +60,18 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         Weights weights
         uint8_t* bits
         T* keep
-        Purpose purpose()
+        Purpose to_sum()
+        Purpose to_map(ptrdiff_t channels, View[T] y)
+    cppclass BackwardOutput[T]:
+        View[T] dx, dz
     cppclass BackwardInput[T]:
         View[const T] dy, x, residual
         Epilogue epilogue
         Weights weights
         const uint8_t* bits
         T* keep
-        Purpose purpose()
-    cppclass BackwardOutput[T]:
-        View[T] dx, dz
+        Purpose to_sum()
+        Purpose to_map(ptrdiff_t channels, const BackwardOutput[T]&)
 
     cppclass Kept[T]:
         @staticmethod

@@ -46,7 +46,7 @@ struct Strides {
 template <class T> struct PlainSource {
   const T* dy;
 
-  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
     return load_as<V, Whole>(dy + i, k);
   }
   PlainSource row(ptrdiff_t r, Strides strides) const { return {dy + r * strides.dy}; }
@@ -59,7 +59,7 @@ template <class T, template <class> class Coefficient, bool Sloped> struct Inter
   Coefficient<T> low, high;
   Gate<T> gate;
 
-  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
     const V v = load_as<V, Whole>(x + i, k), g = load_as<V, Whole>(dy + i, k);
     const auto closed = gate.closed(v, low.template as<V>(i), high.template as<V>(i));
     if constexpr (Sloped) return gate.apply(closed, g);
@@ -77,7 +77,7 @@ template <class T> struct BitSource {
   ptrdiff_t first; // the bit of the first element
   Gate<T> gate;
 
-  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
     return gate.apply(lanes_of_bits<V>(bits, first + i), load_as<V, Whole>(dy + i, k));
   }
   BitSource row(ptrdiff_t r, Strides strides) const {
@@ -91,7 +91,7 @@ template <class T, class Latent> struct LatentSource {
   Latent latent;
   Gate<T> gate;
 
-  template <class V, bool Whole> V dz(ptrdiff_t i, int k) const {
+  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
     return gate.apply(gate.closed(latent.template z<V, Whole>(i, k)), load_as<V, Whole>(dy + i, k));
   }
 };

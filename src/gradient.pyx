@@ -304,14 +304,15 @@ cdef inline BackwardOutput[element] just(View[element] dx) noexcept:
 
 
 cdef inline Grid sums_of(const BackwardInput[element]& input, const Shape& shape) noexcept nogil:
-    return sum_grid(
-        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
-    )
+    return sum_grid(shape.outer, shape.channels, shape.inner, sizeof(element), input.to_sum())
 
 
-cdef inline Grid cells_of(const BackwardInput[element]& input, const Shape& shape) noexcept nogil:
+cdef inline Grid cells_of(
+    const BackwardInput[element]& input, const BackwardOutput[element]& output, const Shape& shape
+) noexcept nogil:
     return map_grid(
-        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
+        shape.outer, shape.channels, shape.inner, sizeof(element),
+        input.to_map(shape.channels, output),
     )
 
 
@@ -402,8 +403,8 @@ cdef int apply_as(
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
-    cdef Grid grid = cells_of(input, shape)
     cdef BackwardOutput[element] output = just(view_of(dx, like))
+    cdef Grid grid = cells_of(input, output, shape)
     with nogil:
         apply_all(grid, input, parameters, output, num_threads)
     return 0
@@ -439,8 +440,8 @@ cdef int gate_as(
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
     input.residual, input.epilogue = read_only(view_of(residual, like)), epilogue_of(activation)
     input.weights, input.bits = weights_of(weights, shape), bits_of(bits)
-    cdef Grid grid = cells_of(input, shape)
     cdef View[element] dz_view = view_of(dz, like)
+    cdef Grid grid = cells_of(input, just(dz_view), shape)
     cdef Scratch scratch
     cdef double* gates = sums_room(scratch, grid)
     with nogil:
@@ -486,13 +487,13 @@ cdef int fixed_as(
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
     input.epilogue = epilogue_of(activation)
     cdef bint summing = sums is not None
-    cdef Grid grid = sums_of(input, shape) if summing else cells_of(input, shape)
+    cdef View[element] dx_view = view_of(dx, like)
+    cdef Grid grid = sums_of(input, shape) if summing else cells_of(input, just(dx_view), shape)
     cdef Scratch scratch
     cdef double* sums_and_gates = sums_room(scratch, grid)
     cdef double* partial = sums_and_gates if summing else NULL
     cdef double* sum_dy = &sums[0, 0] if summing else NULL
     cdef double* sum_dy_xhat = &sums[1, 0] if summing else NULL
-    cdef View[element] dx_view = view_of(dx, like)
     with nogil:
         prepare_gates(grid, input, sums_and_gates, &parameters, num_threads)
         differentiate_fixed(
@@ -538,7 +539,8 @@ cdef int backward_with_scratch(
     int num_threads,
 ) except -1:
     """`differentiate` with its scratch, and the statistics that a forward pass wrote."""
-    cdef Grid grid = sums_of(input, shape), cells = cells_of(input, shape)
+    cdef Grid grid = sums_of(input, shape)
+    cdef Grid cells = cells_of(input, output, shape)
     cdef GradientParameters parameters
     parameters.mean, parameters.mean_lo = stats, stats + shape.channels
     parameters.inv_std = stats + 3 * shape.channels

@@ -80,6 +80,7 @@ struct Grid {
 struct Purpose {
   bool weighted; // positions have weights
   bool packed;   // gates are kept as bits: a cell's begin with a byte
+  bool gapless;  // lines of columns follow one another without gaps, in all arrays
 };
 
 /* Whether planes are so small, and so many to a channel, that columns serve them better. */
@@ -131,9 +132,11 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   return grid;
 }
 
-/* Lines to take at once: as many as make a line of 16 vectors, of whole vectors if may be. */
-inline ptrdiff_t line_tile(ptrdiff_t channels, ptrdiff_t itemsize) {
-  const ptrdiff_t enough = (256 + channels - 1) / channels;
+/* Lines to take at once: as many as make a long line, of whole vectors if may be. A small tensor
+ * is not worth a long table. */
+inline ptrdiff_t line_tile(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t itemsize) {
+  const ptrdiff_t places = outer * channels > 1 << 15 ? max_line(itemsize) : 256;
+  const ptrdiff_t enough = (places + channels - 1) / channels;
   ptrdiff_t whole = 16;
   for (ptrdiff_t c = channels; c % 2 == 0 && whole > 1; c /= 2) whole /= 2;
   return clamp((enough + whole - 1) / whole * whole, 1, max_line(itemsize) / channels);
@@ -150,8 +153,8 @@ inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
     grid.width = planes_in(max_line(itemsize), inner);
   } else {
     grid.width = max_line(itemsize);
-    if (channels < kPacked)
-      grid.tile = tile_of(clamp(line_tile(channels, itemsize), 1, outer), channels, purpose);
+    if (channels < kPacked || (purpose.gapless && channels <= grid.width))
+      grid.tile = tile_of(clamp(line_tile(outer, channels, itemsize), 1, outer), channels, purpose);
   }
   grid.cut(itemsize, cell, outer * inner);
   return grid;

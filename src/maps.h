@@ -24,7 +24,7 @@ template <class T> struct OneStep {
   static constexpr bool kKeepsGate = false;
   static constexpr int kArrays = 1; // that are read
   void prefetch_unkept(ptrdiff_t, ptrdiff_t) const {}
-  template <bool Whole> Vec finish(Vec v, ptrdiff_t, int) const { return v; }
+  template <bool Whole> BNCORE_INLINE Vec finish(Vec v, ptrdiff_t, int) const { return v; }
 };
 
 template <class T, class Latent, class Activation, class Weigh, bool Residual> struct Normalize {
@@ -45,10 +45,10 @@ template <class T, class Latent, class Activation, class Weigh, bool Residual> s
   void prefetch_unkept(ptrdiff_t i, ptrdiff_t n) const {
     if (Residual) prefetch_lines(latent.residual + i, n);
   }
-  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+  template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     return latent.template z<Vec, Whole>(i, k);
   }
-  template <bool Whole> Vec finish(Vec z, ptrdiff_t i, int k) const {
+  template <bool Whole> BNCORE_INLINE Vec finish(Vec z, ptrdiff_t i, int k) const {
     return weigh.template unmasked<Whole>(activation(z), i, k);
   }
 };
@@ -67,7 +67,7 @@ struct Gradient : OneStep<T> {
     prefetch_lines(x + i, n);
     prefetch_lines(source.dy + i, n);
   }
-  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+  template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     Vec v = load_as<Vec, Whole>(x + i, k);
     if (Scaled) v *= unit.at(i);
     const Vec d = (v - mean_hi.at(i)) - mean_lo.at(i), dz = source.template dz<Vec, Whole>(i, k);
@@ -86,7 +86,7 @@ template <class T, class Source, class Weigh> struct JustGate : OneStep<T> {
   Weigh weigh;
 
   void prefetch(ptrdiff_t i, ptrdiff_t n) const { prefetch_lines(source.dy + i, n); }
-  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+  template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     return weigh.template unmasked<Whole>(source.template dz<Vec, Whole>(i, k), i, k);
   }
 };
@@ -99,7 +99,7 @@ struct FixedGradient : OneStep<T> {
   Coefficient<T> scale;
 
   void prefetch(ptrdiff_t i, ptrdiff_t n) const { prefetch_lines(source.dy + i, n); }
-  template <bool Whole> Vec at(ptrdiff_t i, int k) const {
+  template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     return source.template dz<Vec, Whole>(i, k) * scale.at(i);
   }
 };

@@ -22,7 +22,7 @@ from arguments cimport (
     read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters, Purpose,
+    BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters,
     Scratch, Seams, Tickets, Turns, View, element, finish_inv_std, finish_moments, join_team,
     map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
 )
@@ -225,7 +225,7 @@ cdef void normalize_without_values(
     cdef NormalizeParameters parameters
     cdef ptrdiff_t c, channels = shape.channels
     cdef Grid grid = map_grid(
-        shape.outer, channels, shape.inner, sizeof(element), input.purpose()
+        shape.outer, channels, shape.inner, sizeof(element), input.to_map(channels, y)
     )
     for c in range(channels):
         stats[c] = stats[channels + c] = stats[2 * channels + c] = 0
@@ -244,12 +244,12 @@ cdef int batch_with_scratch(
     if not input.weights.total:
         normalize_without_values(shape, input, gamma, beta, eps, y, stats, num_threads)
         return 0
-    cdef Purpose purpose = input.purpose()
     cdef Grid grid = sum_grid(
-        shape.outer, shape.channels, shape.inner, sizeof(element), purpose
+        shape.outer, shape.channels, shape.inner, sizeof(element), input.to_sum()
     )
     cdef Grid cells = map_grid(
-        shape.outer, shape.channels, shape.inner, sizeof(element), purpose
+        shape.outer, shape.channels, shape.inner, sizeof(element),
+        input.to_map(shape.channels, y),
     )
     cdef size_t sums = 4 * grid.blocks * grid.channels
     cdef Scratch scratch
@@ -413,7 +413,8 @@ cdef int normalize_as(
     )
     cdef View[element] y_view = view_of(y, like)
     cdef Grid grid = map_grid(
-        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
+        shape.outer, shape.channels, shape.inner, sizeof(element),
+        input.to_map(shape.channels, y_view),
     )
     with nogil:
         normalize_fixed(grid, input, parameters, y_view, num_threads)
@@ -514,7 +515,8 @@ cdef int normalize_plain_as(
     )
     cdef View[element] y_view = plain_view(y, shape, like)
     cdef Grid grid = map_grid(
-        shape.outer, shape.channels, shape.inner, sizeof(element), input.purpose()
+        shape.outer, shape.channels, shape.inner, sizeof(element),
+        input.to_map(shape.channels, y_view),
     )
     if is_small(shape):
         normalize_fixed(grid, input, parameters, y_view, 1)
