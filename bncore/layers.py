@@ -185,8 +185,10 @@ class BatchNorm(Layer):
         return g.dx
 
     def _train_plain(self, x, residual, out):
-        """The call in training, with all that moves, as one call of a kernel; None where the
-        kernel declines it or the policies are not the usual ones."""
+        """The call in training as one call of a kernel, which moves the running statistics too.
+
+        None where the kernel declines it, or the policies are not the usual ones.
+        """
         running = self._plain_running()
         ranks = self._ranks
         if running is None or (ranks is not None and getattr(x, "ndim", None) not in ranks):
