@@ -12,6 +12,9 @@ import numpy as np
 
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 
+_NUMPY_FLOATS = "efd"
+"""The codes of those that NumPy has itself: a dtype puts its name together at each question."""
+
 
 def float_array(value, name: str) -> np.ndarray:
     """A floating-point ndarray; lists are converted, masked and object arrays are refused."""
@@ -23,7 +26,7 @@ def float_array(value, name: str) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name} must be an array of floats: {error}") from None
-    if array.dtype.name not in FLOAT_NAMES:
+    if array.dtype.char not in _NUMPY_FLOATS and array.dtype.name not in FLOAT_NAMES:
         raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
     return array
 
@@ -72,7 +75,7 @@ def same_shape(value, name: str, like: np.ndarray) -> np.ndarray:
     array = float_array(value, name)
     if array.shape != like.shape:
         raise ValueError(f"{name} must have x's shape {like.shape}, got {array.shape}")
-    if array.dtype.name != like.dtype.name:
+    if array.dtype != like.dtype and array.dtype.name != like.dtype.name:
         raise TypeError(f"{name} must have x's dtype {like.dtype.name}, got {array.dtype.name}")
     return array
 

@@ -96,36 +96,63 @@ class Saved:
         Rows mean, the mean's rounding error, variance and inv_std.
     extras : Extras
         What else the forward pass was given.
+    record : tuple
+        All of these but x as the kernels write and read them, which spares a small batch an object
+        of so many attributes: gamma, beta, axes, eps, values, stats, the shape of gamma, extras.
     """
 
-    __slots__ = ("x", "gamma", "beta", "axes", "eps", "values", "stats", "extras", "_shape")
+    __slots__ = ("x", "record")
 
-    def __init__(self, x, gamma, beta, axes, eps, values, stats, shape, extras):
+    def __init__(self, x, record):
         self.x = x
-        self.gamma = gamma
-        self.beta = beta
-        self.axes = axes
-        self.eps = eps
-        self.values = values
-        self.stats = stats
-        self.extras = extras
-        self._shape = shape
+        self.record = record
+
+    @property
+    def gamma(self):
+        return self.record[0]
+
+    @property
+    def beta(self):
+        return self.record[1]
+
+    @property
+    def axes(self):
+        return self.record[2]
+
+    @property
+    def eps(self):
+        return self.record[3]
+
+    @property
+    def values(self):
+        return self.record[4]
+
+    @property
+    def stats(self):
+        return self.record[5]
+
+    @property
+    def extras(self):
+        return Extras(*self.record[7:])
 
     @property
     def mean(self):
-        return self.stats[0].reshape(self._shape)
+        return self._statistic(0)
 
     @property
     def var(self):
-        return self.stats[2].reshape(self._shape)
+        return self._statistic(2)
 
     @property
     def inv_std(self):
-        return self.stats[3].reshape(self._shape)
+        return self._statistic(3)
 
     @property
     def count(self):
-        return np.full(self._shape, self.values)
+        return np.full(self.record[6], self.values)
+
+    def _statistic(self, row):
+        return self.stats[row].reshape(self.record[6])
 
 
 class Extras(NamedTuple):
@@ -146,9 +173,6 @@ class Extras(NamedTuple):
     had_residual: bool
     bits: np.ndarray | None
     weights: Weights | None
-
-
-NO_EXTRAS = Extras(NO_ACTIVATION, False, None, None)
 
 
 def batch_norm(
@@ -237,14 +261,11 @@ def batch_norm(
     if mask is None and sample_weight is None:
         epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
         plain = _backend.active.normalization.forward_plain(
-            x, gamma, beta, residual, epilogue, axis, eps, out, get_num_threads()
+            x, gamma, beta, residual, epilogue, axis, eps, out, None, get_num_threads()
         )
         if plain is not None:
-            y, stats, axis, values, in_place, bits = plain
-            kept, extras = None if in_place else x, NO_EXTRAS
-            if activation is not None or residual is not None:
-                extras = Extras(epilogue, residual is not None, bits, None)
-            return y, Saved(kept, gamma, beta, (axis,), eps, values, stats, stats.shape[1:], extras)
+            y, kept, record = plain
+            return y, Saved(kept, record)
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
@@ -273,9 +294,12 @@ def batch_norm(
         _threads(x),
     )  # fmt: skip
     values = float(layout.shape[0] * layout.shape[2]) if weights is None else weights.given_total
-    extras = Extras(activation, residual is not None, bits, weights)
     kept = None if out is not None and _check.coincide(out, x) else x
-    return target.finish(), Saved(kept, gamma, beta, axes, eps, values, stats, shape, extras)
+    record = (
+        gamma, beta, axes, eps, values, stats, shape, activation, residual is not None, bits,
+        weights,
+    )  # fmt: skip
+    return target.finish(), Saved(kept, record)
 
 
 def batch_norm_backward(dy, saved, *, wrt=None, out=None):
@@ -340,21 +364,23 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
     if saved.x is None:
         raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
     wanted = _GRADIENTS if wrt is None else _check.wanted(wrt, _GRADIENTS, _GRADIENTS, out)
-    overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, saved.x)
-    extras = saved.extras
-    if extras.weights is None and "x" in wanted:
+    if "x" in wanted:
+        had_residual = saved.record[8]
         plain = _backend.active.gradient.backward_plain(
-            dy, saved.x, saved.stats, saved.gamma, saved.beta, extras.bits, extras.activation,
-            saved.axes, extras.had_residual and "residual" in wanted, out, get_num_threads(),
+            dy, saved.x, saved.record, had_residual and "residual" in wanted, out,
+            get_num_threads(),
         )  # fmt: skip
         if plain is not None:
-            saved.x = None if overwrites else saved.x
-            dx, dgamma, dbeta, dresidual = plain
+            dx, dgamma, dbeta, dresidual, in_place = plain
+            if in_place:
+                saved.x = None
             return Gradients(
                 dx, dgamma if "gamma" in wanted else None, dbeta if "beta" in wanted else None,
                 dresidual,
             )  # fmt: skip
 
+    overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, saved.x)
+    extras = saved.extras
     x, gamma, beta = saved.x, saved.gamma, saved.beta
     dy = _check.same_shape(dy, "dy", x)
     _check.output(

@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bncore import _check, policies
+from bncore import _backend, _check, policies
+from bncore._config import get_num_threads
 from bncore.functional import (
+    Saved,
     batch_norm,
     batch_norm_backward,
     batch_norm_inference,
     batch_norm_inference_backward,
 )
+from bncore.reference import NO_ACTIVATION
 from bncore.state import Layer
 
 
@@ -140,6 +143,10 @@ class BatchNorm(Layer):
         >>> y.round(3).ravel(), layer.running_mean
         (array([0., 2., 0.]), array([2.], dtype=float32))
         """
+        if self.training and mask is None and sample_weight is None:
+            y = self._train_plain(x, residual, out)
+            if y is not None:
+                return y
         x = self._checked(x)
         if self.training or not self.track_running_stats:
             return self._normalize_batch(x, residual, mask, sample_weight, out)
@@ -176,6 +183,28 @@ class BatchNorm(Layer):
             g = batch_norm_backward(dy, self._forward, out=out)
         self.grad_gamma, self.grad_beta, self.grad_residual = g.dgamma, g.dbeta, g.dresidual
         return g.dx
+
+    def _train_plain(self, x, residual, out):
+        """The call in training as one call of a kernel, which moves the running statistics too.
+
+        None where the kernel declines it, or the policies are not the usual ones.
+        """
+        running = self._plain_running()
+        ranks = self._ranks
+        if running is None or (ranks is not None and getattr(x, "ndim", None) not in ranks):
+            return None
+        activation = self.activation
+        epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
+        plain = _backend.active.normalization.forward_plain(
+            x, self.gamma, self.beta, residual, epilogue, self.axis, self.eps, out, running,
+            get_num_threads(),
+        )  # fmt: skip
+        if plain is None:
+            return None
+        y, kept, record = plain
+        self.num_batches_tracked += 1
+        self._forward = Saved(kept, record)
+        return y
 
     def _normalize_batch(self, x, residual, mask, sample_weight, out):
         """The call by the batch's statistics, which then move the running ones."""

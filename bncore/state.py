@@ -215,6 +215,21 @@ class Layer:
             raise ValueError(f"x must have more than 1 value per channel in training, got {got}")
         return self.single_value == "zero"
 
+    def _plain_running(self):
+        """What a kernel needs to move the running statistics itself; None where it may not."""
+        self._check_policies()
+        tracked = self.num_batches_tracked
+        if not (
+            self.update
+            and self.track_running_stats
+            and self.nan_policy == "propagate"
+            and type(tracked) is int
+            and 0 <= tracked < 2**63 - 1
+        ):
+            return None
+        momentum = 1 / (tracked + 1) if self._momentum is None else self._momentum
+        return self.running_mean, self.running_var, momentum, self.ddof, self._channels
+
     def _prepared(self, values, weights, out):
         """What it takes to move the running statistics, checked and allocated; None if they stay.
 

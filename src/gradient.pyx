@@ -334,7 +334,10 @@ cdef void prepare_gates(
     parameters.gate_low, parameters.gate_high = low, low + channels
     if input.epilogue.activation == 0 or input.bits != NULL:
         return
-    for part in prange(parts, num_threads=num_threads if parts > 1 else 1):
+    if num_threads == 1 or parts == 1: # without OpenMP's microsecond
+        find_gates(input, parameters[0], 0, channels, low, low + channels)
+        return
+    for part in prange(parts, num_threads=num_threads):
         find_gates(
             input, parameters[0], part * channels // parts, (part + 1) * channels // parts, low,
             low + channels,
@@ -639,21 +642,25 @@ cdef int backward_plain_as(
     )
 
 
-def backward_plain(
-    dy, x, cnp.ndarray stats not None, gamma, beta, bits, tuple activation not None,
-    tuple axes not None, bint with_dz, out, int num_threads,
-):
+def backward_plain(dy, x, tuple record not None, bint with_dz, out, int num_threads):
     """`backward` for plain arguments; None where it declines them.
+
+    Parameters
+    ----------
+    record : tuple
+        Of `bncore.Saved`.
 
     Returns
     -------
     tuple or None
-        dx, dgamma, dbeta, and dz if that is asked for, else None.
+        dx, dgamma, dbeta, dz if that is asked for, else None, and whether dx has overwritten x.
     """
+    gamma, beta, axes, _, _, stats, _, activation, _, bits, weights = record
     cdef Shape shape
     if not (
-        len(axes) == 1
-        and plain_input(x, axes[0], &shape)
+        weights is None
+        and len(<tuple?> axes) == 1
+        and plain_input(x, (<tuple> axes)[0], &shape)
         and plain_like(dy, <cnp.ndarray> x)
         and plain_parameter(gamma, shape.channels)
         and plain_parameter(beta, shape.channels)
@@ -661,18 +668,19 @@ def backward_plain(
         and same_or_apart(out, dy)
         and apart(out, gamma)
         and apart(out, beta)
-        and apart(out, stats)
+        and apart(out, <cnp.ndarray?> stats)
     ):
         return None
     cdef Epilogue epilogue = epilogue_of(activation)
     cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    cdef bint in_place = cnp.PyArray_DATA(dx) == cnp.PyArray_DATA(<cnp.ndarray> x)
     # Whatever can fail comes before the kernel, which may write over x or dy.
     dz = fresh_like(<cnp.ndarray> x) if with_dz else None
-    result = dx, gradient_like(gamma), gradient_like(beta), dz
+    result = dx, gradient_like(gamma), gradient_like(beta), dz, in_place
     cdef Scratch scratch
     cdef double* converted = room(scratch, 4 * shape.channels)
     cdef double* sums = converted + 2 * shape.channels
-    cdef const double* statistics = <const double*> cnp.PyArray_DATA(stats)
+    cdef const double* statistics = <const double*> cnp.PyArray_DATA(<cnp.ndarray> stats)
     cdef const double* gammas = as_doubles(gamma, converted)
     cdef const double* betas = as_doubles(beta, converted + shape.channels)
     if shape.type_number == cnp.NPY_FLOAT:

@@ -11,7 +11,7 @@ Both ways walk one grid with the same arithmetic and give the same bits.
 """
 
 cimport numpy as cnp
-from cpython.float cimport PyFloat_AS_DOUBLE
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport sqrt
 
@@ -26,6 +26,7 @@ from blocks cimport (
     Scratch, Seams, Tickets, Turns, View, element, finish_inv_std, finish_moments, join_team,
     map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
 )
+from running cimport movable, move_running
 from traffic cimport is_resident, is_streamed, keeps_rows
 
 cnp.import_array()
@@ -330,15 +331,21 @@ def forward(
 
 
 def forward_plain(
-    x, gamma, beta, residual, tuple activation not None, axis, eps, out, int num_threads
+    x, gamma, beta, residual, tuple activation not None, axis, eps, out, tuple running,
+    int num_threads,
 ):
     """`forward` for plain arguments; None where it declines them.
+
+    Parameters
+    ----------
+    running : tuple or None
+        Running mean and variance, momentum, ddof and the number of channels: they are moved in the
+        end, as `bncore.reference.move_running` has it. A single value per channel is declined.
 
     Returns
     -------
     tuple or None
-        y, the (4, C) statistics, the channel axis, the number of values per channel, whether y has
-        overwritten x, and the gates of an activation after a residual, else None.
+        y; x, or None where y has overwritten it; and the record of `bncore.Saved`.
     """
     cdef Shape shape
     if not (
@@ -350,16 +357,22 @@ def forward_plain(
         and plain_residual(residual, <cnp.ndarray> x, out)
         and apart(out, gamma)
         and apart(out, beta)
+        and (running is None or plain_running(running, out, shape))
     ):
         return None
     cdef Epilogue epilogue = epilogue_of(activation)
-    cdef bint keeps_bits = residual is not None and epilogue.activation
+    cdef double values = <double> (shape.outer * shape.inner)
     cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
-    cdef bint in_place = cnp.PyArray_DATA(y) == cnp.PyArray_DATA(<cnp.ndarray> x)
-    bits = bits_for(shape) if keeps_bits else None
     cdef cnp.npy_intp stats_shape[2]
     stats_shape[0], stats_shape[1] = 4, shape.channels
     cdef cnp.ndarray stats = cnp.PyArray_EMPTY(2, stats_shape, cnp.NPY_DOUBLE, 0)
+    bits = bits_for(shape) if residual is not None and epilogue.activation else None
+    cdef bint in_place = cnp.PyArray_DATA(y) == cnp.PyArray_DATA(<cnp.ndarray> x)
+    # Whatever can fail comes before the kernel, which may write over x.
+    result = y, None if in_place else x, (
+        gamma, beta, (shape.axis,), eps, values, stats, (shape.channels,), activation,
+        residual is not None, bits, None,
+    )
     cdef Scratch scratch
     cdef double* converted = room(scratch, 2 * shape.channels)
     cdef const double* gammas = as_doubles(gamma, converted)
@@ -375,7 +388,23 @@ def forward_plain(
             <double*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
             PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
         )
-    return y, stats, shape.axis, <double> (shape.outer * shape.inner), in_place, bits
+    if running is not None:
+        move_running(
+            <cnp.ndarray> running[0], <cnp.ndarray> running[1], results,
+            PyFloat_AS_DOUBLE(running[2]), values / (values - 1) if running[3] else 1.0,
+        )
+    return result
+
+
+cdef inline bint plain_running(tuple running, out, const Shape& shape) except -1:
+    """Whether a batch of this shape may move the running statistics."""
+    cdef ptrdiff_t channels = running[4]
+    return (
+        channels == shape.channels
+        and shape.outer * shape.inner > 1
+        and PyFloat_CheckExact(running[2])
+        and movable(running[0], running[1], out, channels)
+    )
 
 
 cdef inline ForwardInput[element] input_of(

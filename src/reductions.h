@@ -176,16 +176,17 @@ inline void sum_row(const Terms& terms, ptrdiff_t n, Onward onward, Accumulator*
   if (terms.keeps()) terms.keep(0, n);
 }
 
-/* Whether the rows of one channel after the other are summed, in one accumulator and a chunk each:
- * where a channel has one row, or all rows stay in a first-level cache and their order in memory
- * is no matter. The sums are the same. */
+/* Whether the rows of one channel after the other are summed, as one chunk that is all there is of
+ * the channel: where it has one row, or all rows stay in a first-level cache and their order in
+ * memory is no matter. The sums are the same. */
 template <class T>
 inline bool sums_by_channel(const Grid& grid, ptrdiff_t first, ptrdiff_t last,
                             ptrdiff_t positions) {
   constexpr ptrdiff_t cached = 16 * 1024; // of each array
   const ptrdiff_t size = positions * grid.segment;
   return grid.positions == 1 ||
-         (size <= kChunk<T> && (last - first) * size * static_cast<ptrdiff_t>(sizeof(T)) <= cached);
+         (grid.blocks == 1 && size <= kChunk<T> &&
+          (last - first) * size * static_cast<ptrdiff_t>(sizeof(T)) <= cached);
 }
 
 /* Rows of one cell, into sums[first..last). */
@@ -202,7 +203,8 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrd
         sum_row(terms.row(piece.n, c, piece.s), piece.length, route.from(piece, c - first),
                 &accumulator);
       }
-      flush(&accumulator, sums, c);
+      sums.first[c] = accumulator.first_total();
+      sums.second[c] = accumulator.second_total();
     }
     return;
   }

@@ -12,20 +12,15 @@ cimport numpy as cnp
 from cython.parallel cimport parallel, prange
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, is_plain, kind_of, plain_like,
-    plain_parameter, read_only, room, shape_of, view_of, weights_of,
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, kind_of, read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
     BFloat16, Grid, Half, Purpose, Scratch, View, Weights, element, finish_moments, join_team,
     moments_block, pilot, sum_grid,
 )
+from running cimport movable, move_running
 
 cnp.import_array()
-
-ctypedef fused real:
-    float
-    double
-
 
 cdef void compute_moments(
     const Grid& grid,
@@ -94,32 +89,9 @@ def moments(cnp.ndarray x not None, weights, double[:, ::1] stats not None, int 
         moments_as(<BFloat16*> NULL, x, weights, stats, num_threads)
 
 
-cdef void move(
-    real* running,          # (C,)
-    const double* batch,    # (C,)
-    double momentum,
-    double factor,
-    ptrdiff_t channels,
-) noexcept nogil:
-    """r <- (1 - momentum) r + momentum factor s"""
-    cdef ptrdiff_t c
-    for c in range(channels):
-        running[c] = <real> ((1 - momentum) * running[c] + momentum * (batch[c] * factor))
-
-
 def movable_plain(running_mean, running_var, out, ptrdiff_t channels):
     """Whether `move_running_plain` may move these; `out` is what else is written before."""
-    return (
-        is_plain(running_mean)
-        and is_plain(running_var)
-        and plain_parameter(running_mean, channels)
-        and plain_like(running_var, <cnp.ndarray> running_mean)
-        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
-        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
-        and (out is None or is_plain(out))
-        and apart(out, running_mean)
-        and apart(out, running_var)
-    )
+    return movable(running_mean, running_var, out, channels)
 
 
 def move_running_plain(
@@ -127,12 +99,6 @@ def move_running_plain(
     cnp.ndarray stats not None, double momentum, double unbias,
 ):
     """`bncore.reference.move_running` for arrays that are `movable_plain`."""
-    cdef ptrdiff_t channels = cnp.PyArray_DIM(stats, 1)
-    cdef const double* mean = <const double*> cnp.PyArray_DATA(stats)
-    cdef const double* var = mean + 2 * channels
-    if cnp.PyArray_TYPE(running_mean) == cnp.NPY_FLOAT:
-        move(<float*> cnp.PyArray_DATA(running_mean), mean, momentum, 1.0, channels)
-        move(<float*> cnp.PyArray_DATA(running_var), var, momentum, unbias, channels)
-    else:
-        move(<double*> cnp.PyArray_DATA(running_mean), mean, momentum, 1.0, channels)
-        move(<double*> cnp.PyArray_DATA(running_var), var, momentum, unbias, channels)
+    move_running(
+        running_mean, running_var, <const double*> cnp.PyArray_DATA(stats), momentum, unbias
+    )

@@ -56,6 +56,26 @@ class TestRunningStatistics:
         layer(np.array([[8.0], [8.0]]))
         assert layer.running_mean == 2.0 and layer.running_var == 0.75
 
+    @pytest.mark.parametrize("momentum", [0.25, None])
+    @pytest.mark.parametrize("activation", [None, "relu"])
+    def test_one_call_of_a_kernel_moves_as_the_steps_do(self, backend, momentum, activation):
+        at_once, by_steps = (
+            bncore.BatchNorm(5, momentum=momentum, activation=activation) for _ in range(2)
+        )
+        for step in range(3):
+            x = batch(step, np.float32)
+            swapped = x.astype(x.dtype.newbyteorder())  # goes the long way
+            assert bits(at_once(x)) == bits(by_steps(swapped))
+            assert bits(at_once.backward(x)) == bits(by_steps.backward(x))
+            assert state_bits(at_once) == state_bits(by_steps)
+
+    def test_a_batch_of_another_rank_moves_nothing(self, backend):
+        layer = bncore.BatchNorm2d(5)
+        before = state_bits(layer)
+        with pytest.raises(ValueError, match="4 dimensions"):
+            layer(batch(1, np.float32))
+        assert state_bits(layer) == before
+
     def test_evaluation_moves_nothing(self, backend):
         layer = bncore.BatchNorm(5).eval()
         before = state_bits(layer)

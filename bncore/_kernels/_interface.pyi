@@ -17,6 +17,8 @@ Doubles: TypeAlias = NDArray[np.float64]
 Parameter: TypeAlias = NDArray[Any]
 Bits: TypeAlias = NDArray[np.uint8]
 Activation: TypeAlias = tuple[int, float, float]
+Running: TypeAlias = tuple[Parameter, Parameter, float, int, int]
+Record: TypeAlias = tuple[Any, ...]
 
 class Statistics(Protocol):
     def moments(
@@ -59,8 +61,9 @@ class Normalization(Protocol):
         axis: int | tuple[int, ...],
         eps: float,
         out: Values | None,
+        running: Running | None,
         num_threads: int,
-    ) -> tuple[Values, Doubles, int, float, bool, Bits | None] | None: ...
+    ) -> tuple[Values, Values | None, Record] | None: ...
     def normalize(
         self,
         x: Values,
@@ -162,16 +165,11 @@ class Gradient(Protocol):
         self,
         dy: ArrayLike,
         x: Values,
-        stats: Doubles,
-        gamma: Parameter | None,
-        beta: Parameter | None,
-        bits: Bits | None,
-        activation: Activation,
-        axes: tuple[int, ...],
+        record: Record,
         with_dz: bool,
         out: Values | None,
         num_threads: int,
-    ) -> tuple[Values, Parameter | None, Parameter | None, Values | None] | None: ...
+    ) -> tuple[Values, Parameter | None, Parameter | None, Values | None, bool] | None: ...
 
 class Yardstick(Protocol):
     def copy(
