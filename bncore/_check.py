@@ -146,14 +146,21 @@ def mask(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
-def sample_weight(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
-    """Weights over the positions as float64, none negative, or None."""
+def sample_weight(
+    value, x: np.ndarray, axes: tuple[int, ...], valid: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Weights over the positions as float64, none negative, or None.
+
+    Where a checked mask ``valid`` is False they are not looked at, and 0.
+    """
     if value is None:
         return None
     array = positions(value, "sample_weight", x, axes)
     if array.dtype.name not in FLOAT_NAMES and array.dtype.kind not in "biu":
         raise TypeError(f"sample_weight must be an array of real numbers, got {array.dtype}")
     array = array.astype(np.float64)
+    if valid is not None:
+        array[~valid] = 0
     # Sums of weights, and of them times squares, stay far within float64's range.
     wrong = ~((array == 0) | ((array >= 2.0**-300) & (array <= 2.0**300)))
     if wrong.any():
