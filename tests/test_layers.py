@@ -156,6 +156,30 @@ class TestModes:
         layer.train()
         assert bits(layer.backward(batch(1))) == bits(expected)
 
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("wrt", ["x", "beta", ("gamma", "residual"), ("x", "gamma", "beta")])
+    def test_a_choice_of_gradients(self, backend, training, wrt):
+        layer = bncore.BatchNorm(4, activation="relu").train(training)
+        x, residual, dy = (normal(i, (6, 4, 5), np.float32) for i in range(3))
+        layer(x, residual=residual)
+
+        def gradients(**keywords):
+            dx = layer.backward(dy, **keywords)
+            return dx, layer.grad_gamma, layer.grad_beta, layer.grad_residual
+
+        found = dict(zip(("x", "gamma", "beta", "residual"), gradients(wrt=wrt), strict=True))
+        every = dict(zip(found, gradients(), strict=True))
+        for name, gradient in found.items():
+            if name in np.atleast_1d(wrt):
+                np.testing.assert_allclose(gradient, every[name], rtol=1e-6, atol=1e-7)
+            else:
+                assert gradient is None
+        before = bits(layer.grad_gamma)
+        for wrong in ("mean", "dx", ()):
+            with pytest.raises(ValueError, match="wrt must be of 'x', 'gamma', 'beta', 'residual'"):
+                layer.backward(dy, wrt=wrong)
+        assert bits(layer.grad_gamma) == before
+
     def test_gradients_are_replaced_not_added(self, backend):
         layer = bncore.BatchNorm(5)
         layer(batch(1))
