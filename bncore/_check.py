@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import lru_cache
 
 import numpy as np
 
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+
+
+@lru_cache(maxsize=64)
+def name_of(dtype: np.dtype) -> str:
+    """A dtype's name, which NumPy takes microseconds to make up each time."""
+    return dtype.name
 
 
 def float_array(value, name: str) -> np.ndarray:
@@ -23,7 +30,7 @@ def float_array(value, name: str) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name} must be an array of floats: {error}") from None
-    if array.dtype.name not in FLOAT_NAMES:
+    if name_of(array.dtype) not in FLOAT_NAMES:
         raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
     return array
 
@@ -72,7 +79,7 @@ def same_shape(value, name: str, like: np.ndarray) -> np.ndarray:
     array = float_array(value, name)
     if array.shape != like.shape:
         raise ValueError(f"{name} must have x's shape {like.shape}, got {array.shape}")
-    if array.dtype.name != like.dtype.name:
+    if name_of(array.dtype) != name_of(like.dtype):
         raise TypeError(f"{name} must have x's dtype {like.dtype.name}, got {array.dtype.name}")
     return array
 
@@ -156,7 +163,7 @@ def sample_weight(
     if value is None:
         return None
     array = positions(value, "sample_weight", x, axes)
-    if array.dtype.name not in FLOAT_NAMES and array.dtype.kind not in "biu":
+    if name_of(array.dtype) not in FLOAT_NAMES and array.dtype.kind not in "biu":
         raise TypeError(f"sample_weight must be an array of real numbers, got {array.dtype}")
     array = array.astype(np.float64)
     if valid is not None:
@@ -188,7 +195,7 @@ def state(array, name: str, shape: tuple[int, ...]) -> None:
     """Check that an array of a layer's can be written to: it may have been replaced."""
     if type(array) is not np.ndarray:
         raise TypeError(f"{name} must be an ndarray, got {type(array).__name__}")
-    if array.dtype.kind != "f" and array.dtype.name not in FLOAT_NAMES:
+    if array.dtype.kind != "f" and name_of(array.dtype) not in FLOAT_NAMES:
         raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have the channels' shape {shape}, got {array.shape}")

@@ -17,7 +17,7 @@ from bncore import _backend, _check, _layout
 from bncore._config import get_num_threads
 from bncore._weights import Weights, weights_of
 from bncore.moments import Moments
-from bncore.reference import NO_ACTIVATION
+from bncore.reference import NO_ACTIVATION, SLOPE
 
 GRADIENTS = ("x", "gamma", "beta", "residual")
 """What there are gradients of wherever nothing else is asked for."""
@@ -573,9 +573,10 @@ def _fixed_backward_in_steps(
 ):
     """What the kernel ``fixed_backward`` does, with a residual and weights: dz first, by itself.
 
-    Half precision is float32 in between, so that it is rounded once.
+    Half precision times a slope is float32 in between, so that it is rounded once; what is handed
+    on or not is as it was.
     """
-    wide = np.promote_types(x.dtype, np.float32)
+    wide = np.promote_types(x.dtype, np.float32) if activation[0] == SLOPE else x.dtype
     dy, x = dy.astype(wide, copy=False), x.astype(wide, copy=False)
     residual = None if residual is None else residual.astype(wide, copy=False)
     room = dz if dz is not None and dz.dtype == wide else np.empty(x.shape, wide)

@@ -15,6 +15,9 @@ import numpy as np
 NO_ACTIVATION = (0, 0.0, 0.0)
 """Activations are ``(code, a, b)``: 0 none, 1 clip to [a, b], 2 slope a below zero."""
 
+SLOPE = 2
+"""The code of those that multiply."""
+
 
 @np.errstate(all="ignore")
 def moments(x, weights, stats, num_threads=1):
