@@ -236,8 +236,8 @@ def _check_invertible(gamma, beta, activation, dtype):
             for index in np.argwhere(~back).tolist()
         ]
         raise ValueError(
-            f"gamma must be at least |beta| / {largest_ratio:.0f} and {smallest:.3g} in size to get "
-            f"x back from y in {dtype.name}; got {gamma[~back][0]:.3g} with a beta of "
+            f"gamma must be at least |beta| / {largest_ratio:.0f} and {smallest:.3g} in size "
+            f"to get x back from y in {dtype.name}; got {gamma[~back][0]:.3g} with a beta of "
             f"{beta[~back][0]:.3g} in channel{'s' * (len(bad) > 1)} "
             + ", ".join(bad[:8] + ["..."] * (len(bad) > 8))
         )
