@@ -462,9 +462,9 @@ def batch_norm_inference(
     mean_lo = _check.per_channel(mean_lo, "mean_lo", shape)
     _check.output(
         out, x, in_place={"x": x, "residual": residual},
-        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var, "mean_lo": mean_lo,
-              "mask": mask},
+        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var, "mean_lo": mean_lo},
     )  # fmt: skip
+    hidden = None if mask is None else ~mask
     layout = _layout.layout_of(x, axes)
     target = _Target(out, x, layout)
     _backend.active.normalization.normalize(
@@ -472,7 +472,7 @@ def batch_norm_inference(
         _parameter(gamma), _parameter(beta), _optional(residual, layout), activation,
         target.kernel_array, _threads(x),
     )  # fmt: skip
-    return _hidden(target.finish(), mask)
+    return _zeroed(target.finish(), hidden)
 
 
 def batch_norm_inference_backward(
@@ -531,8 +531,9 @@ def batch_norm_inference_backward(
     wanted = _check.wanted(wrt, (*GRADIENTS, "mean", "var"), GRADIENTS, out)
     _check.output(
         out, x, in_place={"dy": dy, "x": x, "residual": residual},
-        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var, "mask": mask},
+        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var},
     )  # fmt: skip
+    hidden = None if mask is None else ~mask
     layout = _layout.layout_of(x, axes)
     weights = weights_of(mask, None, layout)
     target = _Target(out, x, layout) if "x" in wanted else None
@@ -562,7 +563,7 @@ def batch_norm_inference_backward(
     if summing:
         _fill_fixed(gradients, sums, factors)
     return InferenceGradients(
-        _hidden(_finished(target), mask), gradients["gamma"], gradients["beta"], _finished(dz),
+        _zeroed(_finished(target), hidden), gradients["gamma"], gradients["beta"], _finished(dz),
         gradients["mean"], gradients["var"],
     )  # fmt: skip
 
@@ -779,8 +780,9 @@ def backward_apply(
     count = _count(count, shape, x.size if weights is None else weights.total)
     _check.output(
         out, x, in_place={"dy": dy, "x": x},
-        read={"mean": mean, "inv_std": inv_std, "gamma": gamma, "mean_lo": mean_lo, "mask": mask},
+        read={"mean": mean, "inv_std": inv_std, "gamma": gamma, "mean_lo": mean_lo},
     )  # fmt: skip
+    hidden = None if mask is None else ~mask
     target = _Target(out, x, layout)
     arrays = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout)
     statistics = _parameter(mean), _parameter(mean_lo), _parameter(inv_std), _parameter(gamma)
@@ -791,7 +793,7 @@ def backward_apply(
         )
     else:
         _apply_weighted(*arrays, weights, *statistics, sums, count, target, _threads(x))
-    return _hidden(target.finish(), mask)
+    return _zeroed(target.finish(), hidden)
 
 
 @np.errstate(all="ignore")
@@ -861,10 +863,10 @@ def _statistics(mean, mean_lo, inv_std):
     return np.stack([mean, zero if mean_lo is None else mean_lo, zero, inv_std])
 
 
-def _hidden(array, mask):
-    """An array, 0 where masked; None where there is none."""
-    if array is not None and mask is not None:
-        np.copyto(array, 0, where=~mask, casting="unsafe")
+def _zeroed(array, hidden):
+    """An array, 0 where hidden; either may be None."""
+    if array is not None and hidden is not None:
+        np.copyto(array, 0, where=hidden, casting="unsafe")
     return array
 
 

@@ -1,5 +1,8 @@
 """The layers: running statistics, modes, state, and PyTorch's conventions."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -467,6 +470,25 @@ class TestState:
         other.load_state_dict(layer.state_dict())
         assert state_bits(other) == state_bits(layer)
         assert bits(other(batch(2))) == bits(layer(batch(2)))
+
+    @pytest.mark.parametrize("kind", [bncore.BatchNorm, bncore.InPlaceBatchNorm])
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+        ids=["deepcopy", "pickle"],
+    )  # fmt: skip
+    def test_a_copy_is_apart_and_goes_on_where_the_layer_was(self, backend, kind, copied):
+        layer = kind(4, activation=("leaky_relu", 0.1), ddof=0, nan_policy="skip", momentum=None)
+        x, dy = normal(1, (6, 4, 3), np.float32), normal(2, (6, 4, 3), np.float32)
+        layer(x.copy())
+        other = copied(layer)
+        before = bits(layer.gamma, layer.running_mean), layer.num_batches_tracked
+        assert bits(other.backward(dy), other.grad_gamma) == bits(
+            layer.backward(dy), layer.grad_gamma
+        )
+        other.gamma += 1
+        other(x.copy())
+        assert (bits(layer.gamma, layer.running_mean), layer.num_batches_tracked) == before
+        assert other.num_batches_tracked == 2 and repr(other) == repr(layer)
 
     def test_is_a_copy(self, backend):
         layer = bncore.BatchNorm(5)
