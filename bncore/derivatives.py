@@ -474,7 +474,8 @@ class _Point:
 
     Elements are (N, C, S) in ``wide``, the type of the arithmetic: float64 with weights or where
     float32 might not hold 1 / var, else x's own or float32. Everything per channel is float64.
-    Masked positions are 0 throughout.
+    Masked positions are 0 throughout, and so take no part in a sum: a mask alone changes nothing
+    but the count.
     """
 
     def __init__(self, given):
@@ -487,12 +488,13 @@ class _Point:
         self.stats = given.stats
         self.mean, self.mean_lo, _, self.inv_std = given.stats
         extreme = (self.inv_std > 2.0**50) | (self.inv_std < 2.0**-50)
-        is_wide = weight is not None or extreme.any()
+        weighted = weight is not None and given.weights.values.dtype == np.float64
+        is_wide = weighted or extreme.any()
         self.wide = np.dtype(np.float64) if is_wide else self.narrow
         self.gamma, self.beta = _parameter(given.gamma), _parameter(given.beta)
         self.activation = given.activation
         self.count = given.count or 1.0  # where there is nothing, the sums are 0
-        self.share = None if weight is None else np.maximum(weight, 0) / self.count
+        self.share = np.maximum(weight, 0) / self.count if weighted else None
         self.threads = _threads(given.x)
         self.narrow_x = self._load(given.x)
         self.x = self._widened(self.narrow_x)
