@@ -80,8 +80,8 @@ class InPlaceBatchNorm(Layer):
 
     The layer keeps y, not a copy of it: if y is changed before `backward`, the gradient is another.
 
-    What is saved is memory, not time: with an activation the backward pass brings z back twice, piece
-    by piece, and takes several times as long as that of `BatchNorm`.
+    What is saved is memory, not time: with an activation the backward pass brings z back twice,
+    piece by piece, and takes several times as long as that of `BatchNorm`.
 
     References
     ----------
