@@ -4,7 +4,9 @@ from bncore import testing as testing
 from bncore._config import backend, get_num_threads, set_num_threads, show_config
 from bncore.derivatives import (
     DoubleGradients,
+    InferenceDoubleGradients,
     batch_norm_double_backward,
+    batch_norm_inference_double_backward,
     batch_norm_inference_jvp,
     batch_norm_jvp,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "DoubleGradients",
     "Gradients",
     "InPlaceBatchNorm",
+    "InferenceDoubleGradients",
     "InferenceGradients",
     "Moments",
     "Reduced",
@@ -48,6 +51,7 @@ __all__ = [
     "batch_norm_double_backward",
     "batch_norm_inference",
     "batch_norm_inference_backward",
+    "batch_norm_inference_double_backward",
     "batch_norm_inference_jvp",
     "batch_norm_jvp",
     "get_num_threads",

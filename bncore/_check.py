@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,6 +15,12 @@ FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 
 _NUMPY_FLOATS = "efd"
 """The codes of those that NumPy has itself: a dtype puts its name together at each question."""
+
+
+@lru_cache(maxsize=64)
+def name_of(dtype: np.dtype) -> str:
+    """A dtype's name, which NumPy takes microseconds to make up each time."""
+    return dtype.name
 
 
 def float_array(value, name: str) -> np.ndarray:
@@ -26,7 +33,7 @@ def float_array(value, name: str) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name} must be an array of floats: {error}") from None
-    if array.dtype.char not in _NUMPY_FLOATS and array.dtype.name not in FLOAT_NAMES:
+    if array.dtype.char not in _NUMPY_FLOATS and name_of(array.dtype) not in FLOAT_NAMES:
         raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
     return array
 
@@ -75,7 +82,7 @@ def same_shape(value, name: str, like: np.ndarray) -> np.ndarray:
     array = float_array(value, name)
     if array.shape != like.shape:
         raise ValueError(f"{name} must have x's shape {like.shape}, got {array.shape}")
-    if array.dtype != like.dtype and array.dtype.name != like.dtype.name:
+    if array.dtype != like.dtype and name_of(array.dtype) != name_of(like.dtype):
         raise TypeError(f"{name} must have x's dtype {like.dtype.name}, got {array.dtype.name}")
     return array
 
@@ -149,14 +156,21 @@ def mask(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
-def sample_weight(value, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray | None:
-    """Weights over the positions as float64, none negative, or None."""
+def sample_weight(
+    value, x: np.ndarray, axes: tuple[int, ...], valid: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Weights over the positions as float64, none negative, or None.
+
+    Where a checked mask ``valid`` is False they are not looked at, and 0.
+    """
     if value is None:
         return None
     array = positions(value, "sample_weight", x, axes)
-    if array.dtype.name not in FLOAT_NAMES and array.dtype.kind not in "biu":
+    if name_of(array.dtype) not in FLOAT_NAMES and array.dtype.kind not in "biu":
         raise TypeError(f"sample_weight must be an array of real numbers, got {array.dtype}")
     array = array.astype(np.float64)
+    if valid is not None:
+        array[~valid] = 0
     # Sums of weights, and of them times squares, stay far within float64's range.
     wrong = ~((array == 0) | ((array >= 2.0**-300) & (array <= 2.0**300)))
     if wrong.any():
@@ -184,7 +198,7 @@ def state(array, name: str, shape: tuple[int, ...]) -> None:
     """Check that an array of a layer's can be written to: it may have been replaced."""
     if type(array) is not np.ndarray:
         raise TypeError(f"{name} must be an ndarray, got {type(array).__name__}")
-    if array.dtype.kind != "f" and array.dtype.name not in FLOAT_NAMES:
+    if array.dtype.kind != "f" and name_of(array.dtype) not in FLOAT_NAMES:
         raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have the channels' shape {shape}, got {array.shape}")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bncore import _backend, _check, _layout
-from bncore._weights import Weights
+from bncore._weights import Weights, weights_of
 from bncore.functional import (
     Saved,
     _fill,
@@ -46,6 +46,24 @@ class DoubleGradients(NamedTuple):
     ddy: np.ndarray
     dx: np.ndarray
     dgamma: np.ndarray | None
+
+
+class InferenceDoubleGradients(NamedTuple):
+    """What a double backward pass with fixed statistics returns.
+
+    Attributes
+    ----------
+    ddy, dx, dgamma
+        As in `DoubleGradients`.
+    dmean, dvar : ndarray
+        Gradients of the statistics, in their shape and dtype.
+    """
+
+    ddy: np.ndarray
+    dx: np.ndarray
+    dgamma: np.ndarray | None
+    dmean: np.ndarray
+    dvar: np.ndarray
 
 
 @np.errstate(all="ignore")
@@ -120,7 +138,7 @@ def batch_norm_jvp(
 def batch_norm_inference_jvp(
     tangent, x, mean, var, gamma=None, beta=None, *, tangent_mean=None, tangent_var=None,
     tangent_gamma=None, tangent_beta=None, tangent_residual=None, axis=1, eps=1e-5,
-    activation=None, residual=None, out=None,
+    activation=None, residual=None, mask=None, out=None,
 ):  # fmt: skip
     """Directional derivative of `batch_norm_inference`, in the statistics too.
 
@@ -135,7 +153,7 @@ def batch_norm_inference_jvp(
     ----------
     tangent : array_like or None
         Direction in which x moves, in its shape and dtype; None where it does not.
-    x, mean, var, gamma, beta, axis, eps, activation, residual
+    x, mean, var, gamma, beta, axis, eps, activation, residual, mask
         As in `batch_norm_inference`.
     tangent_mean, tangent_var, tangent_gamma, tangent_beta : array_like, optional
         Directions of the statistics and of those parameters that are given, one value per channel.
@@ -147,7 +165,7 @@ def batch_norm_inference_jvp(
     Returns
     -------
     ndarray
-        Tangent of y, in x's shape, dtype and memory order.
+        Tangent of y, in x's shape, dtype and memory order; 0 where masked.
 
     Raises
     ------
@@ -162,35 +180,30 @@ def batch_norm_inference_jvp(
     array([[0.],
            [1.]])
     """
-    x = _check.input_array(x)
-    axes = _check.channel_axes(axis, x.ndim)
-    shape = tuple(x.shape[i] for i in axes)
-    mean, var, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
-    activation = _check.activation(activation)
-    residual = None if residual is None else _check.same_shape(residual, "residual", x)
-    tangent = _direction(tangent, "tangent", x)
-    tangent_mean = _check.per_channel(tangent_mean, "tangent_mean", shape)
-    tangent_var = _check.per_channel(tangent_var, "tangent_var", shape)
-    stats = np.stack([_parameter(mean), np.zeros(inv_std.shape), _parameter(var), inv_std])
-    given = _Given(
-        x, axes, stats, gamma, beta, residual, residual is not None, None, activation, 1.0, None
+    given, mean, var = _arguments_of_fixed(
+        x, mean, var, gamma, beta, axis, eps, activation, residual, mask
     )
+    tangent = _direction(tangent, "tangent", given.x)
+    tangent_mean = _check.per_channel(tangent_mean, "tangent_mean", mean.shape)
+    tangent_var = _check.per_channel(tangent_var, "tangent_var", mean.shape)
     others = _directions("tangent_", tangent_gamma, tangent_beta, tangent_residual, given)
     _check.output(
-        out, x, in_place={"tangent": tangent},
+        out, given.x, in_place={"tangent": tangent},
         read=_read(given, others) | {
             "mean": mean, "var": var, "tangent_mean": tangent_mean, "tangent_var": tangent_var
         },
     )  # fmt: skip
     point = _Point(given)
-    target = _Target(out, x, point.layout)
+    return _fixed_tangent(
+        point, point.load(tangent), _or_zero(tangent_mean, mean), _or_zero(tangent_var, var),
+        point.load_directions(others), _Target(out, given.x, point.layout),
+    )  # fmt: skip
+
+
+def _fixed_tangent(point, tangent, tangent_mean, tangent_var, others, target):
+    """The map of `batch_norm_inference_jvp`."""
     room = point.room_in(target)
-    moved = np.zeros((2, inv_std.size))
-    if tangent_mean is not None:
-        moved[0] = _parameter(tangent_mean)
-    if tangent_var is not None:
-        moved[1] = inv_std * _parameter(tangent_var) / 2
-    tangent, others = point.load(tangent), point.load_directions(others)
+    moved = np.stack([tangent_mean, point.inv_std * tangent_var / 2])
     point.apply(tangent, point.gamma, moved, 1.0, room)
     return point.finish_tangent(room, others, target)
 
@@ -331,6 +344,104 @@ def _second_gradient(point, u, d, means, ddgamma, room):
     return k
 
 
+@np.errstate(all="ignore")
+def batch_norm_inference_double_backward(
+    ddx, dy, x, mean, var, gamma=None, beta=None, *, ddgamma=None, ddbeta=None, ddresidual=None,
+    ddmean=None, ddvar=None, axis=1, eps=1e-5, activation=None, residual=None, mask=None,
+):  # fmt: skip
+    """Gradients of the gradients of `batch_norm_inference`, in the statistics too.
+
+    The gradients, by dy, x, gamma, mean and var, of
+
+    ::
+
+        F = <ddx, dx> + <ddgamma, dgamma> + <ddbeta, dbeta> + <ddresidual, dresidual>
+            + <ddmean, dmean> + <ddvar, dvar>
+
+    where dx, dgamma and so on are what `batch_norm_inference_backward` makes of dy. With
+    d = activation'(z) dy, s = 1 / sqrt(var + eps) and x' = (x - mean) s:
+
+    ::
+
+        B = sum d      Q = sum d x'      K = sum d (ddx - ddmean)
+        b = s (ddgamma - gamma s^2 ddvar / 2)
+
+        ddy    = activation'(z) (gamma s (ddx - ddmean - x' s ddvar / 2)
+                                 + ddgamma x' + ddbeta + ddresidual)
+        dx     = b d
+        dgamma = s (K - s ddvar Q / 2)
+        dmean  = -b B
+        dvar   = -s^2 / 2 (gamma s K + ddgamma Q - 3/2 gamma s^2 ddvar Q)
+
+    Parameters
+    ----------
+    ddx : array_like or None
+        Gradient of the outer loss with respect to dx, in x's shape and dtype; None for zero.
+    dy : array_like
+        What `batch_norm_inference_backward` was given.
+    x, mean, var, gamma, beta, axis, eps, activation, residual, mask
+        As in `batch_norm_inference`.
+    ddgamma, ddbeta, ddmean, ddvar : array_like, optional
+        Gradients with respect to dgamma, dbeta, dmean and dvar, one value per channel; the first
+        two only where there are parameters.
+    ddresidual : array_like, optional
+        Gradient with respect to dresidual, in x's shape and dtype; only where there is a residual.
+
+    Returns
+    -------
+    InferenceDoubleGradients
+        ddy, dx, dgamma, dmean, dvar; ddy and dx are 0 where masked.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came.
+
+    Notes
+    -----
+    As for `batch_norm_double_backward`, F = <d, t> with t the tangent that
+    `batch_norm_inference_jvp` gives without an activation for the directions ddx, ddgamma and so
+    on. Hence ddy; the rest are the derivatives of t, with ``ds = -s^3 dvar / 2``.
+
+    Examples
+    --------
+    The slope of y is gamma / sqrt(var + eps), whatever x is:
+
+    >>> import bncore, numpy as np
+    >>> x, one = np.array([[1.0], [3.0]]), np.ones(1)
+    >>> gg = bncore.batch_norm_inference_double_backward(x, x, x, one, 4 * one, one, eps=1e-12)
+    >>> gg.ddy.ravel(), gg.dx.ravel(), gg.dgamma
+    (array([0.5, 1.5]), array([0., 0.]), array([5.]))
+    """
+    given, mean, var = _arguments_of_fixed(
+        x, mean, var, gamma, beta, axis, eps, activation, residual, mask
+    )
+    dy = _check.same_shape(dy, "dy", given.x)
+    ddx = _direction(ddx, "ddx", given.x)
+    ddmean = _or_zero(_check.per_channel(ddmean, "ddmean", mean.shape), mean)
+    ddvar = _or_zero(_check.per_channel(ddvar, "ddvar", mean.shape), var)
+    others = _directions("dd", ddgamma, ddbeta, ddresidual, given)
+    point = _Point(given)
+    u, d = point.load(ddx), point.load_gated(dy)
+    others = point.load_directions(others)
+    ddy = _fixed_tangent(point, u, ddmean, ddvar, others, _Target(None, given.x, point.layout))
+
+    s, gamma = point.inv_std, 1.0 if point.gamma is None else point.gamma
+    ddgamma = 0.0 if others.gamma is None else others.gamma
+    sum_d, sum_d_xhat = point.sums(d)
+    k = point.centred_product(d, u, ddmean)
+    b = s * (ddgamma - gamma * s**2 * ddvar / 2)
+    target = _Target(None, given.x, point.layout)
+    room = np.zeros(point.layout.shape, point.wide)
+    point.add_scaled(d, np.zeros_like(b), b, room)
+    dgamma, dmean, dvar = (_gradient_like(array) for array in (given.gamma, mean, var))
+    _fill(dgamma, s * (k - s * ddvar * sum_d_xhat / 2))
+    _fill(dmean, -b * sum_d)
+    through_var = gamma * s * k + (ddgamma - 1.5 * gamma * s**2 * ddvar) * sum_d_xhat
+    _fill(dvar, -0.5 * s**2 * through_var)
+    return InferenceDoubleGradients(ddy, point.finish(target, room), dgamma, dmean, dvar)
+
+
 class _Given(NamedTuple):
     """A forward pass: its arguments, checked, and its statistics."""
 
@@ -363,7 +474,8 @@ class _Point:
 
     Elements are (N, C, S) in ``wide``, the type of the arithmetic: float64 with weights or where
     float32 might not hold 1 / var, else x's own or float32. Everything per channel is float64.
-    Masked positions are 0 throughout.
+    Masked positions are 0 throughout, and so take no part in a sum: a mask alone changes nothing
+    but the count.
     """
 
     def __init__(self, given):
@@ -376,12 +488,13 @@ class _Point:
         self.stats = given.stats
         self.mean, self.mean_lo, _, self.inv_std = given.stats
         extreme = (self.inv_std > 2.0**50) | (self.inv_std < 2.0**-50)
-        is_wide = weight is not None or extreme.any()
+        weighted = weight is not None and given.weights.values.dtype == np.float64
+        is_wide = weighted or extreme.any()
         self.wide = np.dtype(np.float64) if is_wide else self.narrow
         self.gamma, self.beta = _parameter(given.gamma), _parameter(given.beta)
         self.activation = given.activation
         self.count = given.count or 1.0  # where there is nothing, the sums are 0
-        self.share = None if weight is None else np.maximum(weight, 0) / self.count
+        self.share = np.maximum(weight, 0) / self.count if weighted else None
         self.threads = _threads(given.x)
         self.narrow_x = self._load(given.x)
         self.x = self._widened(self.narrow_x)
@@ -513,6 +626,27 @@ def _arguments_of(saved):
         saved.x, saved.axes, saved.stats, saved.gamma, saved.beta, None, extras.had_residual,
         extras.bits, extras.activation, count, extras.weights,
     )  # fmt: skip
+
+
+def _arguments_of_fixed(x, mean, var, gamma, beta, axis, eps, activation, residual, mask):
+    """What `batch_norm_inference` is given, checked, with mean and var in their own types."""
+    x = _check.input_array(x)
+    axes = _check.channel_axes(axis, x.ndim)
+    shape = tuple(x.shape[i] for i in axes)
+    mean, var, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
+    activation = _check.activation(activation)
+    residual = None if residual is None else _check.same_shape(residual, "residual", x)
+    weights = weights_of(_check.mask(mask, x, axes), None, _layout.layout_of(x, axes))
+    stats = np.stack([_parameter(mean), np.zeros(inv_std.shape), _parameter(var), inv_std])
+    given = _Given(
+        x, axes, stats, gamma, beta, residual, residual is not None, None, activation, 1.0, weights
+    )
+    return given, mean, var
+
+
+def _or_zero(value, like):
+    """A direction per channel as the kernels take it; None is none."""
+    return np.zeros(like.size) if value is None else _parameter(value)
 
 
 def _zero_unless(positions, values):

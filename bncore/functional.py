@@ -17,9 +17,10 @@ from bncore import _backend, _check, _layout
 from bncore._config import get_num_threads
 from bncore._weights import Weights, weights_of
 from bncore.moments import Moments
-from bncore.reference import NO_ACTIVATION
+from bncore.reference import NO_ACTIVATION, SLOPE
 
-_GRADIENTS = ("x", "gamma", "beta", "residual")
+GRADIENTS = ("x", "gamma", "beta", "residual")
+"""What there are gradients of wherever nothing else is asked for."""
 
 _SERIAL_SIZE = 32768
 """Elements up to which starting a second thread costs more than it brings."""
@@ -207,7 +208,8 @@ def batch_norm(
         True where x counts; broadcastable to x with channel axes of length 1. What stands
         elsewhere, be it NaN, has no influence; y and dx are 0 there.
     sample_weight : array_like, optional
-        Weight of each position in the statistics, not negative; broadcastable as mask is.
+        Weight of each position in the statistics, not negative; broadcastable as mask is. What
+        stands where the mask is False is not looked at.
     out : ndarray, optional
         Takes the result; shape and dtype of x. ``out=x`` normalizes in place, after which there
         is no backward pass.
@@ -276,7 +278,7 @@ def batch_norm(
     activation = _check.activation(activation)
     residual = None if residual is None else _check.same_shape(residual, "residual", x)
     mask = _check.mask(mask, x, axes)
-    sample_weight = _check.sample_weight(sample_weight, x, axes)
+    sample_weight = _check.sample_weight(sample_weight, x, axes, mask)
     _check.output(
         out, x, in_place={"x": x, "residual": residual}, read={"gamma": gamma, "beta": beta}
     )
@@ -363,7 +365,7 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
         raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
     if saved.x is None:
         raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
-    wanted = _GRADIENTS if wrt is None else _check.wanted(wrt, _GRADIENTS, _GRADIENTS, out)
+    wanted = GRADIENTS if wrt is None else _check.wanted(wrt, GRADIENTS, GRADIENTS, out)
     if "x" in wanted:
         had_residual = saved.record[8]
         plain = _backend.active.gradient.backward_plain(
@@ -409,13 +411,15 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
 
 def batch_norm_inference(
     x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5,
-    activation=None, residual=None, out=None,
+    activation=None, residual=None, mask=None, mean_lo=None, out=None,
 ):  # fmt: skip
     """Normalize by given statistics.
 
     ::
 
         y = activation(gamma (x - mean) / sqrt(var + eps) + beta + residual)
+
+    where the mean is ``mean + mean_lo``.
 
     Parameters
     ----------
@@ -433,6 +437,11 @@ def batch_norm_inference(
         Applied to the result.
     residual : array_like, optional
         Added before the activation; shape and dtype of x.
+    mask : array_like of bool, optional
+        As in `batch_norm`: y is 0 where it is False.
+    mean_lo : array_like, optional
+        What float64 leaves of the mean, as `Moments.mean_lo`, one value per channel; matters for
+        float64 values far from zero.
     out : ndarray, optional
         Takes the result; shape and dtype of x. ``out=x`` normalizes in place.
 
@@ -453,13 +462,21 @@ def batch_norm_inference(
     >>> bncore.batch_norm_inference(x, np.array([1.0, 9.0]), np.array([4.0, 1.0]), eps=1e-12)
     array([[0., 1.],
            [1., 1.]])
+
+    Padding, which may hold anything, comes out as 0:
+
+    >>> padded = np.array([[1.0], [3.0], [np.nan]])
+    >>> bncore.batch_norm_inference(padded, np.array([1.0]), np.array([4.0]), eps=1e-12,
+    ...                             mask=[[True], [True], [False]]).ravel()
+    array([0., 1., 0.])
     """
-    epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
-    y = _backend.active.normalization.normalize_plain(
-        x, mean, var, gamma, beta, residual, epilogue, axis, eps, out, get_num_threads()
-    )
-    if y is not None:
-        return y
+    if mask is None and mean_lo is None:
+        epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
+        y = _backend.active.normalization.normalize_plain(
+            x, mean, var, gamma, beta, residual, epilogue, axis, eps, out, get_num_threads()
+        )
+        if y is not None:
+            return y
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
@@ -467,23 +484,26 @@ def batch_norm_inference(
     mean, var, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
     activation = _check.activation(activation)
     residual = None if residual is None else _check.same_shape(residual, "residual", x)
+    mask = _check.mask(mask, x, axes)
+    mean_lo = _check.per_channel(mean_lo, "mean_lo", shape)
     _check.output(
         out, x, in_place={"x": x, "residual": residual},
-        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var},
+        read={"gamma": gamma, "beta": beta, "mean": mean, "var": var, "mean_lo": mean_lo},
     )  # fmt: skip
+    hidden = None if mask is None else ~mask
     layout = _layout.layout_of(x, axes)
     target = _Target(out, x, layout)
     _backend.active.normalization.normalize(
-        _layout.to_kernel(x, layout), _parameter(mean), None, inv_std, _parameter(gamma),
-        _parameter(beta), _optional(residual, layout), activation, target.kernel_array,
-        _threads(x),
+        _layout.to_kernel(x, layout), _parameter(mean), _parameter(mean_lo), inv_std,
+        _parameter(gamma), _parameter(beta), _optional(residual, layout), activation,
+        target.kernel_array, _threads(x),
     )  # fmt: skip
-    return target.finish()
+    return _zeroed(target.finish(), hidden)
 
 
 def batch_norm_inference_backward(
     dy, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5,
-    activation=None, residual=None, wrt=None, out=None,
+    activation=None, residual=None, mask=None, wrt=None, out=None,
 ):  # fmt: skip
     """Gradients of `batch_norm_inference`, the statistics held fixed.
 
@@ -498,8 +518,9 @@ def batch_norm_inference_backward(
     ----------
     dy : array_like
         Gradient of the loss with respect to y, in x's shape and dtype.
-    x, mean, var, gamma, beta, axis, eps, activation, residual
-        As in `batch_norm_inference`.
+    x, mean, var, gamma, beta, axis, eps, activation, residual, mask
+        As in `batch_norm_inference`; where the mask is False gradients are 0, and nothing there has
+        influence.
     wrt : str or sequence of str, optional
         Which gradients to compute, of "x", "gamma", "beta", "residual", "mean" and "var"; all that
         there are but the last two where not given. The others are None and cost nothing.
@@ -532,12 +553,15 @@ def batch_norm_inference_backward(
     mean, var, inv_std, gamma, beta = _fixed_statistics(mean, var, gamma, beta, eps, shape)
     activation = _check.activation(activation)
     residual = None if residual is None else _check.same_shape(residual, "residual", x)
-    wanted = _check.wanted(wrt, (*_GRADIENTS, "mean", "var"), _GRADIENTS, out)
+    mask = _check.mask(mask, x, axes)
+    wanted = _check.wanted(wrt, (*GRADIENTS, "mean", "var"), GRADIENTS, out)
     _check.output(
         out, x, in_place={"dy": dy, "x": x, "residual": residual},
         read={"gamma": gamma, "beta": beta, "mean": mean, "var": var},
     )  # fmt: skip
+    hidden = None if mask is None else ~mask
     layout = _layout.layout_of(x, axes)
+    weights = weights_of(mask, None, layout)
     target = _Target(out, x, layout) if "x" in wanted else None
     per_channel = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
     gradients = {
@@ -546,29 +570,60 @@ def batch_norm_inference_backward(
     }
     summing = any(gradient is not None for gradient in gradients.values())
     sums = np.empty((2, layout.shape[1])) if summing else None
-    kernel_x, kernel_dz = _layout.to_kernel(x, layout), _layout.to_kernel(dy, layout)
+    kernel_x, kernel_dy = _layout.to_kernel(x, layout), _layout.to_kernel(dy, layout)
     given = _parameter(mean), inv_std, _parameter(gamma), _parameter(beta)
     scale = inv_std if gamma is None else given[2] * inv_std
     factors = np.stack([-scale, -0.5 * scale * inv_std])
-    dresidual = None
-    if residual is not None:
-        # What was added shifts the activation's input: its gradient comes first, by itself.
-        dz = _Target(None, x, layout)
-        _backend.active.gradient.activation_backward(
-            kernel_dz, kernel_x, None, given[0], None, *given[1:],
-            _layout.to_kernel(residual, layout), None, activation, dz.kernel_array, _threads(x),
+    dz = None
+    if residual is None and weights is None:
+        _backend.active.gradient.fixed_backward(
+            kernel_dy, kernel_x, *given, activation, _kernel_array(target), sums, _threads(x)
+        )
+    else:
+        if residual is not None and "residual" in wanted:
+            dz = _Target(None, x, layout)
+        _fixed_backward_in_steps(
+            kernel_dy, kernel_x, weights, *given, _optional(residual, layout), activation,
+            _kernel_array(target), _kernel_array(dz), sums, _threads(x),
         )  # fmt: skip
-        kernel_dz, activation = dz.kernel_array, NO_ACTIVATION
-        dresidual = dz.finish() if "residual" in wanted else None
-    _backend.active.gradient.fixed_backward(
-        kernel_dz, kernel_x, *given, activation, _kernel_array(target), sums, _threads(x)
-    )
     if summing:
         _fill_fixed(gradients, sums, factors)
     return InferenceGradients(
-        _finished(target), gradients["gamma"], gradients["beta"], dresidual, gradients["mean"],
-        gradients["var"],
+        _zeroed(_finished(target), hidden), gradients["gamma"], gradients["beta"], _finished(dz),
+        gradients["mean"], gradients["var"],
     )  # fmt: skip
+
+
+@np.errstate(all="ignore")
+def _fixed_backward_in_steps(
+    dy, x, weights, mean, inv_std, gamma, beta, residual, activation, dx, dz, sums, threads
+):
+    """What the kernel ``fixed_backward`` does, with a residual and weights: dz first, by itself.
+
+    Half precision times a slope is float32 in between, so that it is rounded once; what is handed
+    on or not is as it was.
+    """
+    wide = np.promote_types(x.dtype, np.float32) if activation[0] == SLOPE else x.dtype
+    dy, x = dy.astype(wide, copy=False), x.astype(wide, copy=False)
+    residual = None if residual is None else residual.astype(wide, copy=False)
+    room = dz if dz is not None and dz.dtype == wide else np.empty(x.shape, wide)
+    _backend.active.gradient.activation_backward(
+        dy, x, weights, mean, None, inv_std, gamma, beta, residual, None, activation, room, threads
+    )
+    if dz is not None and dz is not room:
+        dz[...] = room
+    if weights is not None and sums is not None:
+        _backend.active.gradient.backward(
+            room, x, weights, _statistics(mean, None, inv_std), None, None, None, NO_ACTIVATION,
+            1.0, None, None, sums, threads,
+        )  # fmt: skip
+        sums = None
+    own = dx if dx is None or dx.dtype == wide else room
+    _backend.active.gradient.fixed_backward(
+        room, x, mean, inv_std, gamma, None, NO_ACTIVATION, own, sums, threads
+    )
+    if own is not dx:
+        dx[...] = own
 
 
 def moments(x, *, axis=1, mask=None, sample_weight=None):
@@ -604,21 +659,22 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
     mask = _check.mask(mask, x, axes)
-    sample_weight = _check.sample_weight(sample_weight, x, axes)
+    sample_weight = _check.sample_weight(sample_weight, x, axes, mask)
     layout = _layout.layout_of(x, axes)
     weights = weights_of(mask, sample_weight, layout)
     stats = np.empty((3, layout.shape[1]))
-    _backend.active.statistics.moments(
-        _layout.to_kernel(x, layout), weights, stats, _threads(x)
-    )
+    _backend.active.statistics.moments(_layout.to_kernel(x, layout), weights, stats, _threads(x))
     mean, mean_lo, m2 = stats.reshape((3, *shape))
     if weights is None:
         return Moments(np.full(shape, layout.shape[0] * layout.shape[2]), mean, m2, mean_lo)
     return Moments(np.full(shape, weights.given_total), mean, m2 * weights.unit, mean_lo)
 
 
-def backward_reduce(dy, x, mean, inv_std, *, axis=1):
+def backward_reduce(dy, x, mean, inv_std, *, axis=1, mask=None, mean_lo=None):
     """The two sums of a backward pass, to be added over the parts of a batch.
+
+    They are the gradients of beta and gamma. Where an activation followed, dy is the gradient of
+    its input. Sample weights have no part in them: every y depends on beta and gamma alike.
 
     Parameters
     ----------
@@ -630,6 +686,10 @@ def backward_reduce(dy, x, mean, inv_std, *, axis=1):
         Statistics of the whole batch, one value per channel.
     axis : int or tuple of int
         The channel axis or axes.
+    mask : array_like of bool, optional
+        As in `batch_norm`: only where it is True dy and x count.
+    mean_lo : array_like, optional
+        What float64 leaves of the mean, as `Moments.mean_lo`.
 
     Returns
     -------
@@ -654,21 +714,38 @@ def backward_reduce(dy, x, mean, inv_std, *, axis=1):
     dy = _check.same_shape(dy, "dy", x)
     mean = _required(mean, "mean", shape)
     inv_std = _required(inv_std, "inv_std", shape)
-    layout = _layout.layout_of(x, axes)
-    sums = np.empty((2, layout.shape[1]))
-    _backend.active.gradient.reduce(
-        _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), _parameter(mean), None,
-        _parameter(inv_std), sums, _threads(x),
+    mean, mean_lo, inv_std = (
+        _parameter(mean), _parameter(_check.per_channel(mean_lo, "mean_lo", shape)),
+        _parameter(inv_std),
     )  # fmt: skip
+    mask = _check.mask(mask, x, axes)
+    layout = _layout.layout_of(x, axes)
+    weights = weights_of(mask, None, layout)
+    kernel_dy, kernel_x = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout)
+    sums = np.empty((2, layout.shape[1]))
+    if weights is None:
+        _backend.active.gradient.reduce(
+            kernel_dy, kernel_x, mean, mean_lo, inv_std, sums, _threads(x)
+        )
+    else:
+        _backend.active.gradient.backward(
+            kernel_dy, kernel_x, weights, _statistics(mean, mean_lo, inv_std), None, None, None,
+            NO_ACTIVATION, 1.0, None, None, sums, _threads(x),
+        )  # fmt: skip
     return Reduced(*sums.reshape((2, *shape)))
 
 
-def backward_apply(dy, x, mean, inv_std, gamma, sum_dy, sum_dy_xhat, count, *, axis=1, out=None):
+def backward_apply(
+    dy, x, mean, inv_std, gamma, sum_dy, sum_dy_xhat, count, *, axis=1,
+    mask=None, sample_weight=None, mean_lo=None, out=None,
+):  # fmt: skip
     """The gradient of the input from the sums over the whole batch.
 
     ::
 
-        dx = gamma inv_std (dy - (sum_dy + x' sum_dy_xhat) / count)
+        dx = gamma inv_std (dy - w (sum_dy + x' sum_dy_xhat) / count)
+
+    with all weights w 1 where none are given.
 
     Parameters
     ----------
@@ -680,9 +757,14 @@ def backward_apply(dy, x, mean, inv_std, gamma, sum_dy, sum_dy_xhat, count, *, a
     sum_dy, sum_dy_xhat : array_like
         From `backward_reduce`, added over the parts.
     count : float or array_like
-        Values per channel in the whole batch.
+        Values per channel in the whole batch, the sum of the weights where there are some:
+        `Moments.count`.
     axis : int or tuple of int
         The channel axis or axes.
+    mask, sample_weight : array_like, optional
+        Those that this part's `moments` were given; dx is 0 where masked.
+    mean_lo : array_like, optional
+        What float64 leaves of the mean, as `Moments.mean_lo`.
     out : ndarray, optional
         Takes dx; may be dy or x themselves.
 
@@ -716,18 +798,48 @@ def backward_apply(dy, x, mean, inv_std, gamma, sum_dy, sum_dy_xhat, count, *, a
         _parameter(_required(sum_dy, "sum_dy", shape)),
         _parameter(_required(sum_dy_xhat, "sum_dy_xhat", shape)),
     ])  # fmt: skip
-    count = _count(count, shape, x.size)
+    mask = _check.mask(mask, x, axes)
+    sample_weight = _check.sample_weight(sample_weight, x, axes, mask)
+    mean_lo = _check.per_channel(mean_lo, "mean_lo", shape)
+    layout = _layout.layout_of(x, axes)
+    weights = weights_of(mask, sample_weight, layout)
+    count = _count(count, shape, x.size if weights is None else weights.total)
     _check.output(
         out, x, in_place={"dy": dy, "x": x},
-        read={"mean": mean, "inv_std": inv_std, "gamma": gamma},
+        read={"mean": mean, "inv_std": inv_std, "gamma": gamma, "mean_lo": mean_lo},
     )  # fmt: skip
-    layout = _layout.layout_of(x, axes)
+    hidden = None if mask is None else ~mask
     target = _Target(out, x, layout)
-    _backend.active.gradient.apply(
-        _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout), _parameter(mean), None,
-        _parameter(inv_std), _parameter(gamma), sums, count, target.kernel_array, _threads(x),
-    )  # fmt: skip
-    return target.finish()
+    arrays = _layout.to_kernel(dy, layout), _layout.to_kernel(x, layout)
+    statistics = _parameter(mean), _parameter(mean_lo), _parameter(inv_std), _parameter(gamma)
+    if sample_weight is None:
+        # Where nothing counts all is masked.
+        _backend.active.gradient.apply(
+            *arrays, *statistics, sums, count or 1.0, target.kernel_array, _threads(x)
+        )
+    else:
+        _apply_weighted(*arrays, weights, *statistics, sums, count, target, _threads(x))
+    return _zeroed(target.finish(), hidden)
+
+
+@np.errstate(all="ignore")
+def _apply_weighted(dy, x, weights, mean, mean_lo, inv_std, gamma, sums, count, target, threads):
+    """What the kernel ``apply`` does, with weights, which it does not take: two maps make it.
+
+    Half precision is float32 in between, so that it is rounded once.
+    """
+    wide = np.promote_types(x.dtype, np.float32)
+    dy, x = dy.astype(wide, copy=False), x.astype(wide, copy=False)
+    scale = inv_std if gamma is None else gamma * inv_std
+    slope, offset = -scale * sums[1], -scale * sums[0]
+    share = weights.as_floats()[:, None] * (weights.unit / count if count else 0.0)
+    room = np.empty(x.shape, wide)
+    normalize = _backend.active.normalization.normalize
+    normalize(x, mean, mean_lo, inv_std, slope, offset, None, NO_ACTIVATION, room, threads)
+    room *= share
+    zero, one = np.zeros_like(mean), np.ones_like(mean)
+    normalize(dy, zero, None, one, scale, None, room, NO_ACTIVATION, room, threads)
+    target.kernel_array[...] = room
 
 
 class _Target:
@@ -769,6 +881,19 @@ def _threads(x):
 def _parameter(array):
     """A per-channel array as the kernels take it: float64, contiguous, flat."""
     return None if array is None else np.ascontiguousarray(array, np.float64).reshape(-1)
+
+
+def _statistics(mean, mean_lo, inv_std):
+    """Given statistics as the kernels' forward pass writes them, but for the variance."""
+    zero = np.zeros_like(mean)
+    return np.stack([mean, zero if mean_lo is None else mean_lo, zero, inv_std])
+
+
+def _zeroed(array, hidden):
+    """An array, 0 where hidden; either may be None."""
+    if array is not None and hidden is not None:
+        np.copyto(array, 0, where=hidden, casting="unsafe")
+    return array
 
 
 def _gradient_like(parameter):

@@ -80,6 +80,8 @@ def batch_norm_inference(
     eps: float = 1e-5,
     activation: Activation = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    mean_lo: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array: ...
 def batch_norm_inference_backward(
@@ -94,6 +96,7 @@ def batch_norm_inference_backward(
     eps: float = 1e-5,
     activation: Activation = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     wrt: str | Sequence[str] | None = None,
     out: Array | None = None,
 ) -> InferenceGradients: ...
@@ -105,7 +108,14 @@ def moments(
     sample_weight: ArrayLike | None = None,
 ) -> Moments: ...
 def backward_reduce(
-    dy: ArrayLike, x: ArrayLike, mean: ArrayLike, inv_std: ArrayLike, *, axis: Axis = 1
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    inv_std: ArrayLike,
+    *,
+    axis: Axis = 1,
+    mask: ArrayLike | None = None,
+    mean_lo: ArrayLike | None = None,
 ) -> Reduced: ...
 def backward_apply(
     dy: ArrayLike,
@@ -118,5 +128,8 @@ def backward_apply(
     count: ArrayLike,
     *,
     axis: Axis = 1,
+    mask: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    mean_lo: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array: ...

@@ -35,6 +35,8 @@ _TINY = {"float64": 2.0**-500, "float32": 2.0**-126, "float16": 2.0**-14, "bfloa
 """What y of 1 standard deviation may be at least: the smallest normal number, below which u grows.
 In float64 products of gamma and gamma must not vanish either."""
 
+_GRADIENTS = ("x", "gamma", "beta")
+
 _PIECE = 1 << 19
 """Values that are brought back at a time, which takes two arrays of so many: 4 MB in float32."""
 
@@ -77,6 +79,9 @@ class InPlaceBatchNorm(Layer):
     Else the call is refused. Values of y beyond the type's range are infinite and do not come back.
 
     The layer keeps y, not a copy of it: if y is changed before `backward`, the gradient is another.
+
+    What is saved is memory, not time: with an activation the backward pass brings z back twice,
+    piece by piece, and takes several times as long as that of `BatchNorm`.
 
     References
     ----------
@@ -133,19 +138,23 @@ class InPlaceBatchNorm(Layer):
         self._forward = _Kept(x, gamma, beta, saved.inv_std, self.activation, True)
         return x
 
-    def backward(self, dy, *, out=None):
+    def backward(self, dy, *, wrt=None, out=None):
         """The gradient of the latest call's input; sets ``grad_gamma`` and ``grad_beta``.
 
         Parameters
         ----------
         dy : array_like
             Gradient of the loss with respect to the output, in x's shape and dtype.
+        wrt : str or sequence of str, optional
+            Which gradients to compute, of "x", "gamma" and "beta"; all where not given. The others
+            are None.
         out : ndarray, optional
             Takes dx; may be dy, or y, after which there is no other backward pass.
 
         Returns
         -------
         ndarray
+            None where wrt leaves out "x".
 
         Raises
         ------
@@ -158,15 +167,18 @@ class InPlaceBatchNorm(Layer):
         if kept is None:
             raise ValueError("backward needs a call of the layer before it, whose y is still there")
         dy = _check.same_shape(dy, "dy", kept.y)
+        wanted = _check.wanted(wrt, _GRADIENTS, _GRADIENTS, out)
         _check.output(out, kept.y, in_place={"dy": dy, "y": kept.y}, read={})
         _check_invertible(kept.gamma, kept.beta, kept.activation, kept.y.dtype)
         axes = _check.channel_axes(self.axis, kept.y.ndim)
-        dx = np.empty_like(kept.y, subok=False) if out is None else out
+        dx = out
+        if dx is None and "x" in wanted:
+            dx = np.empty_like(kept.y, subok=False)
         sum_dz, sum_dz_xhat = _write_gradient(dy, kept, axes, dx)
-        if np.shares_memory(dx, kept.y):
+        if dx is not None and np.shares_memory(dx, kept.y):
             self._forward = None
-        self.grad_beta = _like(self.beta, sum_dz)
-        self.grad_gamma = _like(self.gamma, sum_dz_xhat)
+        self.grad_beta = _like(self.beta, sum_dz) if "beta" in wanted else None
+        self.grad_gamma = _like(self.gamma, sum_dz_xhat) if "gamma" in wanted else None
         return dx
 
     def _activation(self, activation):
@@ -236,14 +248,15 @@ def _check_invertible(gamma, beta, activation, dtype):
             for index in np.argwhere(~back).tolist()
         ]
         raise ValueError(
-            f"gamma must be at least |beta| / {largest_ratio:.0f} and {smallest:.3g} to get x back "
-            f"from y in {dtype.name}; it is not in channel{'s' * (len(bad) > 1)} "
+            f"gamma must be at least |beta| / {largest_ratio:.0f} and {smallest:.3g} in size "
+            f"to get x back from y in {dtype.name}; got {gamma[~back][0]:.3g} with a beta of "
+            f"{beta[~back][0]:.3g} in channel{'s' * (len(bad) > 1)} "
             + ", ".join(bad[:8] + ["..."] * (len(bad) > 8))
         )
 
 
 def _write_gradient(dy, kept, axes, dx):
-    """Write dx piece by piece; returns the gradients of beta and gamma.
+    """Write dx, where there is one, piece by piece; returns the gradients of beta and gamma.
 
     ::
 
@@ -263,7 +276,7 @@ def _write_gradient(dy, kept, axes, dx):
             sums += backward_reduce(*linear.part(piece), *of_z, axis=axes)
     through = sums if kept.by_batch else np.zeros_like(sums)
     count = kept.y.size / max(size.size, 1)
-    for piece in pieces:
+    for piece in pieces if dx is not None else ():
         dz, z = linear.part(piece)
         out = dx[piece] if z.dtype == dx.dtype else dz
         backward_apply(dz, z, *of_z, scale, *through, count, axis=axes, out=out)

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from numpy.typing import ArrayLike
 
 from bncore.functional import Array
@@ -5,4 +7,11 @@ from bncore.state import Layer
 
 class InPlaceBatchNorm(Layer):
     def __call__(self, x: Array) -> Array: ...
-    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array: ...
+    # None only where wrt leaves x out
+    def backward(
+        self,
+        dy: ArrayLike,
+        *,
+        wrt: str | Sequence[str] | None = None,
+        out: Array | None = None,
+    ) -> Array: ...

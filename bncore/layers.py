@@ -13,6 +13,7 @@ import numpy as np
 from bncore import _backend, _check, policies
 from bncore._config import get_num_threads
 from bncore.functional import (
+    GRADIENTS,
     Saved,
     batch_norm,
     batch_norm_backward,
@@ -152,7 +153,7 @@ class BatchNorm(Layer):
             return self._normalize_batch(x, residual, mask, sample_weight, out)
         return self._normalize_fixed(x, residual, mask, sample_weight, out)
 
-    def backward(self, dy, *, out=None):
+    def backward(self, dy, *, wrt=None, out=None):
         """The gradient of the latest call's input; sets ``grad_gamma`` and its like.
 
         After a call in training the gradient goes through the batch's statistics, after one in
@@ -162,25 +163,38 @@ class BatchNorm(Layer):
         ----------
         dy : array_like
             Gradient of the loss with respect to the output, in x's shape and dtype.
+        wrt : str or sequence of str, optional
+            Which gradients to compute, of "x", "gamma", "beta" and "residual"; all that there are
+            where not given. The others are None.
         out : ndarray, optional
             Takes dx; may be dy.
 
         Returns
         -------
         ndarray
+            None where wrt leaves out "x", as in a network's first layer.
 
         Raises
         ------
         ValueError
             Before the first call, after a call in place, and for whatever
             `batch_norm_backward` refuses.
+
+        Examples
+        --------
+        >>> import bncore, numpy as np
+        >>> layer = bncore.BatchNorm(1)
+        >>> y = layer(np.array([[1.0], [3.0]]))
+        >>> layer.backward(np.ones_like(y), wrt=("gamma", "beta")) is None, layer.grad_beta
+        (True, array([2.], dtype=float32))
         """
         if self._forward is None:
             raise ValueError("backward needs a call of the layer before it")
+        wrt = _check.wanted(wrt, GRADIENTS, GRADIENTS, out)
         if isinstance(self._forward, _Fixed):
-            g = self._fixed_backward(dy, self._forward, out)
+            g = self._fixed_backward(dy, self._forward, wrt, out)
         else:
-            g = batch_norm_backward(dy, self._forward, out=out)
+            g = batch_norm_backward(dy, self._forward, wrt=wrt, out=out)
         self.grad_gamma, self.grad_beta, self.grad_residual = g.dgamma, g.dbeta, g.dresidual
         return g.dx
 
@@ -232,26 +246,24 @@ class BatchNorm(Layer):
             if type(array) is not np.ndarray:
                 raise TypeError(f"{name} must be an ndarray in evaluation, got {array!r}")
             _check.per_channel(array, name, self.shape)
-        hidden = None
         if mask is not None or sample_weight is not None:
             axes = _check.channel_axes(self.axis, x.ndim)
-            _check.sample_weight(sample_weight, x, axes)
-            hidden = None if mask is None else ~_check.mask(mask, x, axes)
+            mask = None if mask is None else _check.mask(mask, x, axes).copy()
+            _check.sample_weight(sample_weight, x, axes, mask)
         if residual is not None:
             residual = _check.same_shape(residual, "residual", x)
         forward = _Fixed(
-            _unless_shared(x, out), _unless_shared(residual, out), residual is not None, hidden,
+            _unless_shared(x, out), _unless_shared(residual, out), residual is not None, mask,
             self.running_mean.copy(), self.running_var.copy(),
         )  # fmt: skip
         y = batch_norm_inference(
             x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
-            eps=self.eps, activation=self.activation, residual=residual, out=out,
+            eps=self.eps, activation=self.activation, residual=residual, mask=mask, out=out,
         )  # fmt: skip
-        _hide(y, hidden)
         self._forward = forward
         return y
 
-    def _fixed_backward(self, dy, fixed, out):
+    def _fixed_backward(self, dy, fixed, wrt, out):
         """The gradients after `_normalize_fixed`."""
         x, residual = fixed.x, fixed.residual
         if x is None:
@@ -262,15 +274,10 @@ class BatchNorm(Layer):
                     "backward has no residual: an earlier pass overwrote it (out=residual)"
                 )
             residual = dy  # any values will do: only an activation would look at them
-        if fixed.hidden is not None:
-            dy = np.where(fixed.hidden, x.dtype.type(0), _check.same_shape(dy, "dy", x))
-            x = np.where(fixed.hidden, x.dtype.type(0), x)
         g = batch_norm_inference_backward(
             dy, x, fixed.mean, fixed.var, self.gamma, self.beta, axis=self.axis, eps=self.eps,
-            activation=self.activation, residual=residual, out=out,
+            activation=self.activation, residual=residual, mask=fixed.mask, wrt=wrt, out=out,
         )  # fmt: skip
-        _hide(g.dx, fixed.hidden)
-        _hide(g.dresidual, fixed.hidden)
         self._forward = fixed._replace(
             x=_unless_shared(fixed.x, out), residual=_unless_shared(fixed.residual, out)
         )
@@ -322,8 +329,7 @@ class _Fixed(NamedTuple):
     x: np.ndarray | None
     residual: np.ndarray | None
     had_residual: bool
-    hidden: np.ndarray | None
-    """True at masked positions, over x's axes with channel axes of length 1."""
+    mask: np.ndarray | None
     mean: np.ndarray
     var: np.ndarray
 
@@ -333,9 +339,3 @@ def _unless_shared(array, out):
     if array is None or (isinstance(out, np.ndarray) and np.shares_memory(out, array)):
         return None
     return array
-
-
-def _hide(array, hidden):
-    """Zeros in the place of what is masked."""
-    if array is not None and hidden is not None:
-        np.copyto(array, 0, where=hidden, casting="unsafe")

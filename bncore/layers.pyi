@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from numpy.typing import ArrayLike
 
 from bncore.functional import Array
@@ -13,7 +15,14 @@ class BatchNorm(Layer):
         sample_weight: ArrayLike | None = None,
         out: Array | None = None,
     ) -> Array: ...
-    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array: ...
+    # None only where wrt leaves x out
+    def backward(
+        self,
+        dy: ArrayLike,
+        *,
+        wrt: str | Sequence[str] | None = None,
+        out: Array | None = None,
+    ) -> Array: ...
 
 class BatchNorm1d(BatchNorm): ...
 class BatchNorm2d(BatchNorm): ...

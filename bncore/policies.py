@@ -57,10 +57,10 @@ def used_weights(mask, sample_weight, x, axes) -> np.ndarray:
         Sorted, non-negative.
     """
     mask = _check.mask(mask, x, axes)
-    weights = _check.sample_weight(sample_weight, x, axes)
+    weights = _check.sample_weight(sample_weight, x, axes, mask)
     if weights is None:
         return np.ones(np.count_nonzero(mask))
-    return weights[weights > 0 if mask is None else (weights > 0) & mask]
+    return weights[weights > 0]
 
 
 def unbiasing(weights: np.ndarray) -> float:

@@ -15,6 +15,9 @@ import numpy as np
 NO_ACTIVATION = (0, 0.0, 0.0)
 """Activations are ``(code, a, b)``: 0 none, 1 clip to [a, b], 2 slope a below zero."""
 
+SLOPE = 2
+"""The code of those that multiply."""
+
 
 @np.errstate(all="ignore")
 def moments(x, weights, stats, num_threads=1):
@@ -40,9 +43,7 @@ def moments(x, weights, stats, num_threads=1):
 
 
 @np.errstate(all="ignore")
-def forward(
-    x, weights, gamma, beta, residual, activation, eps, y, bits, stats, num_threads=1
-):
+def forward(x, weights, gamma, beta, residual, activation, eps, y, bits, stats, num_threads=1):
     """Normalize by the batch's own statistics.
 
     ::
@@ -243,7 +244,7 @@ def move_running(running_mean, running_var, stats, momentum, unbias, spare):
 def activation_backward(
     dy, x, weights, mean, mean_lo, inv_std, gamma, beta, residual, bits, activation, dz,
     num_threads=1,
-):
+):  # fmt: skip
     """The gradient of ``activation(z)``: dz = dy where z passes, else 0 or slope dy.
 
     ::
@@ -271,6 +272,7 @@ def activation_backward(
         passes = _passes(_affine(x, mean, mean_lo, inv_std, gamma, beta, residual), activation)
     else:
         passes = np.unpackbits(bits, count=dy.size).reshape(dy.shape) == 1
+    dy = dy.astype(np.float64)
     dz[...] = _unmasked(np.where(passes, dy, slope * dy if code == 2 and slope else 0), weights)
 
 

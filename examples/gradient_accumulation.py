@@ -29,8 +29,11 @@ def forward(pieces, gamma, beta):
     moments = bncore.Moments()  # the moments of nothing
     for x in pieces:
         moments += bncore.moments(x)
+    lo = moments.mean_lo  # what float64 leaves of the mean: for values far from zero
     ys = [
-        bncore.batch_norm_inference(x, moments.mean, moments.var(), gamma, beta, eps=EPS)
+        bncore.batch_norm_inference(
+            x, moments.mean, moments.var(), gamma, beta, eps=EPS, mean_lo=lo
+        )
         for x in pieces
     ]
     return ys, moments
@@ -38,13 +41,13 @@ def forward(pieces, gamma, beta):
 
 def backward(dys, pieces, gamma, moments):
     """Gradients of the pieces, gamma and beta, through the statistics of the whole batch."""
-    mean, inv_std = moments.mean, 1 / np.sqrt(moments.var() + EPS)
+    mean, lo, inv_std = moments.mean, moments.mean_lo, 1 / np.sqrt(moments.var() + EPS)
     dbeta = dgamma = 0
     for dy, x in zip(dys, pieces, strict=True):
-        sums = bncore.backward_reduce(dy, x, mean, inv_std)
+        sums = bncore.backward_reduce(dy, x, mean, inv_std, mean_lo=lo)
         dbeta, dgamma = dbeta + sums.sum_dy, dgamma + sums.sum_dy_xhat
     dxs = [
-        bncore.backward_apply(dy, x, mean, inv_std, gamma, dbeta, dgamma, moments.count)
+        bncore.backward_apply(dy, x, mean, inv_std, gamma, dbeta, dgamma, moments.count, mean_lo=lo)
         for dy, x in zip(dys, pieces, strict=True)
     ]
     return dxs, dgamma, dbeta
@@ -52,7 +55,7 @@ def backward(dys, pieces, gamma, moments):
 
 def main():
     rng = np.random.default_rng(0)
-    x = 100 + rng.standard_normal((96, 8, 14, 14))
+    x = 1e6 + rng.standard_normal((96, 8, 14, 14))
     dy = rng.standard_normal(x.shape)
     gamma, beta = rng.standard_normal(8), rng.standard_normal(8)
 

@@ -15,7 +15,7 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
   Spread<Positions, 1, max_line(sizeof(T))> spread;
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
   const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
-  write_row<Writer::kStream, false>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
+  write_row<Writer::kStream, Writer::kStream>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
                                     writer.out.at(t, c), count * channels * grid.inner,
                                     Writer::kStream ? seams->of(grid, t) : nullptr);
 }

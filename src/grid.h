@@ -111,20 +111,22 @@ inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
   return !has_short_lines(channels, 1) ? 1 : best < 8 ? 8 : best / 8 * 8;
 }
 
+/* Bytes in a cell: less than `most` where there would be few of them. */
+inline ptrdiff_t cell_of(ptrdiff_t bytes, ptrdiff_t most) { return clamp(bytes / 8, 1 << 16, most); }
+
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
  * columns a line as long as the accumulators' cache bears. */
 inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                      Purpose purpose) {
-  constexpr ptrdiff_t page = 4096, cell = 256 * 1024, cached = 1 << 20, max_blocks = 64;
+  constexpr ptrdiff_t page = 4096, max_blocks = 64;
+  const ptrdiff_t cell = cell_of(outer * channels * inner * itemsize, 256 * 1024);
   Grid grid = uncut(outer, channels, inner, purpose);
   if (!grid.columns) {
     grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
   } else if (inner > 1) {
     grid.width = planes_in(kSumLine, inner);
   } else {
-    /* Columns that stay in a cache are shared out without a barrier, others read in long lines. */
-    const bool small = outer * channels * itemsize <= cached;
-    grid.width = small ? kPacked / 2 : kSumLine;
+    grid.width = kSumLine;
     if (channels < kPacked / 2)
       grid.tile = tile_of(clamp(kSumLine / 2 / channels, 1, outer), channels, purpose);
   }
@@ -132,11 +134,9 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   return grid;
 }
 
-/* Lines to take at once: as many as make a long line, of whole vectors if may be. A small tensor
- * is not worth a long table. */
-inline ptrdiff_t line_tile(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t itemsize) {
-  const ptrdiff_t places = outer * channels > 1 << 15 ? max_line(itemsize) : 256;
-  const ptrdiff_t enough = (places + channels - 1) / channels;
+/* Lines to take at once: as many as make a line of 16 vectors, of whole vectors if may be. */
+inline ptrdiff_t line_tile(ptrdiff_t channels, ptrdiff_t itemsize) {
+  const ptrdiff_t enough = (256 + channels - 1) / channels;
   ptrdiff_t whole = 16;
   for (ptrdiff_t c = channels; c % 2 == 0 && whole > 1; c /= 2) whole /= 2;
   return clamp((enough + whole - 1) / whole * whole, 1, max_line(itemsize) / channels);
@@ -145,7 +145,8 @@ inline ptrdiff_t line_tile(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t itemsi
 /* The grid for maps alone: no sums to keep together, so cells are as contiguous as can be. */
 inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                      Purpose purpose) {
-  const ptrdiff_t cell = (inner == 1 ? 512 : 128) * 1024; // columns have a table to fill
+  const ptrdiff_t most = (inner == 1 ? 512 : 128) * 1024; // columns have a table to fill
+  const ptrdiff_t cell = cell_of(outer * channels * inner * itemsize, most);
   Grid grid = uncut(outer, channels, inner, purpose);
   if (!grid.columns) {
     grid.width = clamp(cell / (inner * itemsize), 1, max_line(itemsize));
@@ -154,7 +155,7 @@ inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
   } else {
     grid.width = max_line(itemsize);
     if (channels < kPacked || (purpose.gapless && channels <= grid.width))
-      grid.tile = tile_of(clamp(line_tile(outer, channels, itemsize), 1, outer), channels, purpose);
+      grid.tile = tile_of(clamp(line_tile(channels, itemsize), 1, outer), channels, purpose);
   }
   grid.cut(itemsize, cell, outer * inner);
   return grid;

@@ -169,7 +169,7 @@ struct Product {
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
-  static constexpr ptrdiff_t kAhead = kFetchAhead / sizeof(T);
+  static constexpr ptrdiff_t kArrays = 1, kAhead = kFetchAhead / sizeof(T);
   const T* x;
   ptrdiff_t x_stride;
   const double *shift, *unit;
@@ -189,7 +189,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
 };
 
 template <class T, class Source, class Weigh> struct ColumnGradientTerms {
-  static constexpr ptrdiff_t kAhead = kFetchAhead / (2 * sizeof(T));
+  static constexpr ptrdiff_t kArrays = 2, kAhead = kFetchAhead / (2 * sizeof(T));
   typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
@@ -212,10 +212,7 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   }
 };
 
-/* Rows that are read side by side and summed in registers before the accumulators in memory are
- * touched: as many streams as the hardware's prefetchers follow. And vectors of a row that are
- * taken together: a cache line or two. */
-constexpr ptrdiff_t kStripRows = 8;
+/* Vectors of a row of columns that are taken together: a cache line or two. */
 constexpr int kStripVectors = 4;
 
 /* Fetches what is read next, line after line in the order of memory, which is what the hardware's
@@ -257,8 +254,8 @@ BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, 
   }
 }
 
-/* Add up to kStripRows rows of `places` places to first[c] and second[c]. The terms are taken by
- * value: no store can be thought to change them. */
+/* Add some rows of `places` places to first[c] and second[c]. The terms are taken by value: no
+ * store can be thought to change them. */
 template <class Terms>
 inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t places,
                        ptrdiff_t rows_ahead, double* first, double* second) {
@@ -274,14 +271,17 @@ inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff
                         second);
 }
 
-/* Add `rows` rows of `places` places to first[c] and second[c]. */
+/* Add `rows` rows of `places` places to first[c] and second[c]. A few at a time are read side by
+ * side and summed in registers before the accumulators in memory are touched: as many streams as
+ * the hardware's prefetchers follow. */
 template <class Terms>
 inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, double* first,
                         double* second) {
-  const ptrdiff_t rows_ahead = Terms::kAhead / places / kStripRows * kStripRows + kStripRows;
-  for (ptrdiff_t row = 0; row < rows; row += kStripRows)
-    add_strips(terms, row, row + kStripRows < rows ? kStripRows : rows - row, places, rows_ahead,
-               first, second);
+  constexpr ptrdiff_t strip = 8 / Terms::kArrays;
+  const ptrdiff_t rows_ahead = (Terms::kAhead / places / strip + 1) * strip;
+  for (ptrdiff_t row = 0; row < rows; row += strip)
+    add_strips(terms, row, row + strip < rows ? strip : rows - row, places, rows_ahead, first,
+               second);
 }
 
 } // namespace bncore

@@ -13,12 +13,13 @@ cdef enum:
 cdef inline bint is_resident(
     const Grid& grid, ptrdiff_t bytes_per_element, int num_threads
 ) noexcept nogil:
-    """Whether groups are small enough to stay in a cache and enough to occupy the threads.
+    """Whether groups of rows are small enough to stay in a cache and enough to occupy the threads.
 
     bytes_per_element counts every array that is read twice.
     """
     return (
-        grid.group_size() * bytes_per_element <= RESIDENT_BYTES
+        not grid.columns
+        and grid.group_size() * bytes_per_element <= RESIDENT_BYTES
         and (num_threads == 1 or grid.groups >= 4 * num_threads)
     )
 
@@ -28,7 +29,7 @@ cdef inline bint keeps_rows(const Grid& grid, bint streamed) noexcept nogil:
 
     Where all is cached anyway it would be a detour.
     """
-    return streamed and not grid.columns and not grid.weighted
+    return streamed and not grid.weighted
 
 
 cdef inline bint is_streamed(const Grid& grid, ptrdiff_t bytes_per_element) noexcept nogil:

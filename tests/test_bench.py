@@ -410,6 +410,8 @@ def test_what_is_compared_computes_the_same(given, backend):
         (comparisons.FRESH, comparisons.PLAIN, 1e-6),
         (comparisons.IN_PLACE, comparisons.PLAIN, 1e-4),
         (comparisons.FIXED_X, comparisons.FIXED, 1e-6),
+        (comparisons.IN_PARTS, comparisons.PLAIN, 1e-5),
+        (comparisons.KEEPS_Y, comparisons.KEEPS_X, 1e-4),
     ]
     for feature, against, tolerance in pairs:
         if feature in calls:

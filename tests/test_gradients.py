@@ -1,5 +1,7 @@
 """Gradients against central differences, and what else holds of them."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -129,3 +131,22 @@ def test_eval_mode_gradient_is_torchs(backend, layout):
     np.testing.assert_allclose(dx, x_t.grad, rtol=1e-10)
     np.testing.assert_allclose(layer.grad_gamma, peer.weight.grad, rtol=1e-10)
     np.testing.assert_allclose(layer.grad_beta, peer.bias.grad, rtol=1e-10)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_saved_can_be_sent(backend, residual, masked):
+    """By pickle, to another process; and so can moments."""
+    x, dy = normal(1, (6, 4, 3), np.float32), normal(2, (6, 4, 3), np.float32)
+    mask = np.arange(6).reshape(6, 1, 1) < 4
+    _, saved = bncore.batch_norm(
+        x, residual=dy if residual else None, activation="relu", mask=mask if masked else None
+    )
+    sent = pickle.loads(pickle.dumps(saved))
+    expected = bncore.batch_norm_backward(dy, saved)
+    assert bits(*bncore.batch_norm_backward(dy, sent)) == bits(*expected)
+    m = bncore.moments(x)
+    sent = pickle.loads(pickle.dumps(m))
+    assert bits(sent.count, sent.mean, sent.m2, sent.mean_lo) == bits(
+        m.count, m.mean, m.m2, m.mean_lo
+    )

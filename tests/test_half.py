@@ -127,6 +127,29 @@ def test_residual_and_activation(backend, dtype, shape, activation):
     assert_within(g.dx.astype(np.float64), gradient.dx, tolerance, "dx")
 
 
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", ["relu", ("leaky_relu", 0.3)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_with_given_statistics(backend, dtype, shape, activation, residual, mask):
+    x, dy, gamma, beta = arguments(shape, dtype)
+    mean, var = normal(6, shape[1]), np.exp(normal(7, shape[1]))
+    positions = np.random.default_rng(8).random((shape[0], 1, *shape[2:])) < 0.6
+    valid = np.broadcast_to(positions | (not mask), shape)
+    keywords = {"activation": activation, "residual": normal(5, shape, dtype) if residual else None}
+    exact = oracle.backward(
+        np.where(valid, dy, dtype.type(0)), x, gamma, beta, mean=mean, var=var, **keywords
+    )
+    g = bncore.batch_norm_inference_backward(
+        dy, x, mean, var, gamma, beta, mask=positions if mask else None, **keywords
+    )
+    tolerance = rounded_once(exact.dx, exact.dx_scale, dtype)
+    assert_within(g.dx.astype(np.float64), exact.dx, tolerance, "dx")
+    if residual:
+        dz = exact.dresidual
+        assert_within(g.dresidual.astype(np.float64), dz, rounded_once(dz, dz, dtype), "dresidual")
+
+
 def test_masked_positions_have_no_influence(backend, dtype):
     x, dy, gamma, beta = arguments((4, 6, 7), dtype)
     mask = np.random.default_rng(1).random((4, 1, 7)) < 0.6

@@ -5,7 +5,7 @@ import pytest
 
 import bncore
 
-from . import oracle
+from . import oracle, torch_oracle
 from .arrays import bits, in_layout, normal
 from .oracle import assert_within, rounding
 
@@ -76,3 +76,103 @@ def test_a_bad_statistic_stays_in_its_channel(backend, poison, layout):
     others = [0, 1, 3, 4, 5]
     assert bits(y[:, others]) == bits(clean[:, others])
     assert not np.isfinite(y[:, 2]).any()
+
+
+ACTIVATIONS = [None, "relu", ("leaky_relu", 0.3), ("clip", -0.4, 0.7)]
+MASKED = [((8, 5), 1), ((4, 6, 7), 1), ((20, 9, 7, 7), 1), ((3, 4, 5, 6), (1, -1))]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("layout", ["C", "channels_last", "reversed"])
+@pytest.mark.parametrize(("shape", "axis"), MASKED, ids=str)
+def test_masked(backend, shape, axis, layout, activation, residual):
+    """0 where masked, be it NaN, in y and in every gradient; nothing there has influence."""
+    axes = oracle.channel_axes(axis, len(shape))
+    channels = [shape[one] for one in axes]
+    x, dy, other = (in_layout(normal(i, shape), layout, axis) for i in (1, 2, 3))
+    other = other if residual else None
+    fixed = (
+        normal(4, channels),
+        np.exp(normal(5, channels)),
+        normal(6, channels),
+        normal(7, channels),
+    )
+    mask = (
+        np.random.default_rng(8).random([1 if i in axes else n for i, n in enumerate(shape)]) < 0.6
+    )
+    valid = np.broadcast_to(mask, shape)
+    expected = torch_oracle.batch_norm(
+        x, np.where(valid, dy, 0), *fixed[2:], axis=axis, activation=activation, residual=other,
+        mean=fixed[0], var=fixed[1],
+    )  # fmt: skip
+    for array in (x, dy, other):
+        if array is not None:
+            array[~valid] = np.nan
+    keywords = {"axis": axis, "activation": activation, "residual": other, "mask": mask}
+    y = bncore.batch_norm_inference(x, *fixed, **keywords)
+    np.testing.assert_allclose(y, np.where(valid, expected.y, 0), rtol=1e-11, atol=1e-12)
+    every = ("x", "gamma", "beta", "residual", "mean", "var")
+    g = bncore.batch_norm_inference_backward(dy, x, *fixed, **keywords, wrt=every)
+    named = ("dx", "dgamma", "dbeta", "dresidual")[: 3 + residual]
+    for name in named:
+        right = getattr(expected, name)
+        right = np.where(valid, right, 0) if right.shape == shape else right
+        np.testing.assert_allclose(getattr(g, name), right, rtol=1e-11, atol=1e-11, err_msg=name)
+    scale = fixed[2] / np.sqrt(fixed[1] + 1e-5)
+    np.testing.assert_allclose(g.dmean, -scale * g.dbeta, rtol=1e-12)
+    np.testing.assert_allclose(
+        g.dvar, -scale * g.dgamma / (2 * np.sqrt(fixed[1] + 1e-5)), rtol=1e-12
+    )
+    alone = [
+        getattr(bncore.batch_norm_inference_backward(dy, x, *fixed, **keywords, wrt=one), "d" + one)
+        for one in every
+    ]
+    assert bits(*alone) == bits(*g)
+
+
+@pytest.mark.parametrize("target", ["dy", "x", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_masked_over_an_argument(backend, target, activation):
+    shape = (4, 6, 7)
+    arrays = {name: normal(i, shape, np.float32) for i, name in enumerate(("dy", "x", "residual"))}
+    mask = np.random.default_rng(8).random((4, 1, 7)) < 0.6
+    fixed = normal(4, 6), np.exp(normal(5, 6)), normal(6, 6), normal(7, 6)
+    keywords = {"activation": activation, "mask": mask}
+
+    def gradients(**out):
+        dy, *rest = arrays.values()
+        return bncore.batch_norm_inference_backward(
+            dy, rest[0], *fixed, residual=rest[1], **keywords, **out
+        )
+
+    expected = gradients()
+    y = bncore.batch_norm_inference(arrays["x"], *fixed, residual=arrays["residual"], **keywords)
+    kept = {name: array.copy() for name, array in arrays.items()}
+    g = gradients(out=arrays[target])
+    assert g.dx is arrays[target] and bits(*g) == bits(*expected)
+    if target != "dy":
+        over = bncore.batch_norm_inference(
+            kept["x"], *fixed, residual=kept["residual"], **keywords, out=kept[target]
+        )
+        assert over is kept[target] and bits(over) == bits(y)
+
+
+def test_an_all_masked_or_empty_batch(backend):
+    one = np.ones(3)
+    for shape in ((4, 3), (0, 3), (4, 3, 0)):
+        x = np.full(shape, np.nan, np.float32)
+        mask = np.zeros((shape[0], 1, *shape[2:]), bool)
+        y = bncore.batch_norm_inference(x, one, one, one, one, mask=mask)
+        g = bncore.batch_norm_inference_backward(x, x, one, one, one, one, mask=mask)
+        assert y.shape == g.dx.shape == shape and (y == 0).all() and (g.dx == 0).all()
+        assert (g.dgamma == 0).all() and (g.dbeta == 0).all()
+
+
+@pytest.mark.parametrize("ratio", [0, 1e8, 1e12])
+def test_what_float64_leaves_of_the_mean(backend, ratio):
+    x, gamma, beta = normal(1, (60, 4)) + ratio, normal(2, 4), normal(3, 4)
+    whole, saved = bncore.batch_norm(x, gamma, beta)
+    m = bncore.moments(x)
+    y = bncore.batch_norm_inference(x, m.mean, m.var(), gamma, beta, mean_lo=m.mean_lo)
+    np.testing.assert_allclose(y, whole, rtol=1e-13, atol=1e-13)

@@ -226,6 +226,20 @@ class TestInPlace:
         with pytest.raises(ValueError, match="backward needs a call of the layer before it"):
             layer.backward(dy)
 
+    @pytest.mark.parametrize("wrt", ["x", "gamma", ("beta", "x"), ("gamma", "beta")])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_choice_of_gradients(self, backend, training, wrt):
+        layer = layer_of(activation=("leaky_relu", 0.1)).train(training)
+        y, dy = layer(normal(1, (6, 5, 4))), normal(2, (6, 5, 4))
+        found = layer.backward(dy, wrt=wrt), layer.grad_gamma, layer.grad_beta
+        every = layer.backward(dy), layer.grad_gamma, layer.grad_beta
+        for name, some, all_ in zip(("x", "gamma", "beta"), found, every, strict=True):
+            assert bits(some) == bits(all_ if name in np.atleast_1d(wrt) else None)
+        with pytest.raises(ValueError, match="wrt must be of 'x', 'gamma', 'beta', got 'residual'"):
+            layer.backward(dy, wrt="residual")
+        with pytest.raises(ValueError, match="out takes dx, which wrt does not ask for"):
+            layer.backward(dy, wrt="gamma", out=y)
+
     def test_what_is_kept_is_y(self, backend):
         layer = layer_of(activation=("leaky_relu", 0.1))
         x = normal(1, (64, 5, 50))

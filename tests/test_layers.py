@@ -1,5 +1,8 @@
 """The layers: running statistics, modes, state, and PyTorch's conventions."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -175,6 +178,30 @@ class TestModes:
         layer.running_var *= 3
         layer.train()
         assert bits(layer.backward(batch(1))) == bits(expected)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("wrt", ["x", "beta", ("gamma", "residual"), ("x", "gamma", "beta")])
+    def test_a_choice_of_gradients(self, backend, training, wrt):
+        layer = bncore.BatchNorm(4, activation="relu").train(training)
+        x, residual, dy = (normal(i, (6, 4, 5), np.float32) for i in range(3))
+        layer(x, residual=residual)
+
+        def gradients(**keywords):
+            dx = layer.backward(dy, **keywords)
+            return dx, layer.grad_gamma, layer.grad_beta, layer.grad_residual
+
+        found = dict(zip(("x", "gamma", "beta", "residual"), gradients(wrt=wrt), strict=True))
+        every = dict(zip(found, gradients(), strict=True))
+        for name, gradient in found.items():
+            if name in np.atleast_1d(wrt):
+                np.testing.assert_allclose(gradient, every[name], rtol=1e-6, atol=1e-7)
+            else:
+                assert gradient is None
+        before = bits(layer.grad_gamma)
+        for wrong in ("mean", "dx", ()):
+            with pytest.raises(ValueError, match="wrt must be of 'x', 'gamma', 'beta', 'residual'"):
+                layer.backward(dy, wrt=wrong)
+        assert bits(layer.grad_gamma) == before
 
     def test_gradients_are_replaced_not_added(self, backend):
         layer = bncore.BatchNorm(5)
@@ -463,6 +490,25 @@ class TestState:
         other.load_state_dict(layer.state_dict())
         assert state_bits(other) == state_bits(layer)
         assert bits(other(batch(2))) == bits(layer(batch(2)))
+
+    @pytest.mark.parametrize("kind", [bncore.BatchNorm, bncore.InPlaceBatchNorm])
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+        ids=["deepcopy", "pickle"],
+    )  # fmt: skip
+    def test_a_copy_is_apart_and_goes_on_where_the_layer_was(self, backend, kind, copied):
+        layer = kind(4, activation=("leaky_relu", 0.1), ddof=0, nan_policy="skip", momentum=None)
+        x, dy = normal(1, (6, 4, 3), np.float32), normal(2, (6, 4, 3), np.float32)
+        layer(x.copy())
+        other = copied(layer)
+        before = bits(layer.gamma, layer.running_mean), layer.num_batches_tracked
+        assert bits(other.backward(dy), other.grad_gamma) == bits(
+            layer.backward(dy), layer.grad_gamma
+        )
+        other.gamma += 1
+        other(x.copy())
+        assert (bits(layer.gamma, layer.running_mean), layer.num_batches_tracked) == before
+        assert other.num_batches_tracked == 2 and repr(other) == repr(layer)
 
     def test_is_a_copy(self, backend):
         layer = bncore.BatchNorm(5)

@@ -251,9 +251,7 @@ def test_one_channel_has_the_same_bits_however_it_is_asked_for(backend, shape, a
     gamma, residual = normal(3, 1, dtype), normal(4, shape, dtype)
     results = []
     for spelled in (axis, np.int64(axis), (axis,)):
-        y, saved = bncore.batch_norm(
-            x, gamma, axis=spelled, residual=residual, activation="relu"
-        )
+        y, saved = bncore.batch_norm(x, gamma, axis=spelled, residual=residual, activation="relu")
         for given in (dy, in_layout(dy, "sliced", axis)):
             g = bncore.batch_norm_backward(given, saved)
             results.append(bits(y, saved.stats, *g))

@@ -5,7 +5,7 @@ import pytest
 
 import bncore
 
-from . import oracle
+from . import oracle, torch_oracle
 from .arrays import bits, in_layout, normal
 from .oracle import assert_within, ulp
 
@@ -174,3 +174,177 @@ def test_a_batch_that_is_empty_everywhere_has_an_empty_gradient(backend):
     assert dx.shape == x.shape
     with pytest.raises(ValueError, match="count"):
         bncore.backward_apply(x + 1, x, m.mean, zero + 1, None, *sums, -m.count - 1)
+
+
+POSITIONS = ["mask", "weight", "both"]
+
+
+def positions_of(shape, axis, kind):
+    """A mask and weights over the positions, or None."""
+    axes = oracle.channel_axes(axis, len(shape))
+    sizes = [1 if i in axes else n for i, n in enumerate(shape)]
+    random = np.random.default_rng(5)
+    mask, weight = random.random(sizes) < 0.6, 2 * random.random(sizes)
+    weight[weight < 0.4] = 0
+    mask.flat[0], weight.flat[0] = True, 1
+    return mask if kind != "weight" else None, weight if kind != "mask" else None
+
+
+def in_parts(x, dy, gamma, beta, axis, mask, weight, cuts, activation=None, eps=1e-5):
+    """y, dx, dgamma and dbeta of a batch that comes in parts along its first axis."""
+    parts = []
+    for part in np.split(np.arange(len(x)), cuts):
+        given = [None if a is None else a[part] for a in (mask, weight)]
+        parts.append((x[part], dy[part], *given))
+    m = total(
+        bncore.moments(x, axis=axis, mask=mask, sample_weight=weight)
+        for x, _, mask, weight in parts
+    )
+    inv_std = 1 / np.sqrt(m.var() + eps)
+    lo = {"mean_lo": m.mean_lo, "axis": axis}
+    y = [
+        bncore.batch_norm_inference(
+            x, m.mean, m.var(), gamma, beta, eps=eps, mask=mask, activation=activation, **lo
+        )
+        for x, _, mask, _ in parts
+    ]
+    if activation == "relu":
+        parts = [(x, dy * (a > 0), *rest) for a, (x, dy, *rest) in zip(y, parts, strict=True)]
+    sums = [
+        bncore.backward_reduce(dy, x, m.mean, inv_std, mask=mask, **lo) for x, dy, mask, _ in parts
+    ]
+    sum_dy, sum_dy_xhat = (sum(both) for both in zip(*sums, strict=True))
+    dx = [
+        bncore.backward_apply(
+            dy, x, m.mean, inv_std, gamma, sum_dy, sum_dy_xhat, m.count, mask=mask,
+            sample_weight=weight, **lo,
+        )
+        for x, dy, mask, weight in parts
+    ]  # fmt: skip
+    return np.concatenate(y), np.concatenate(dx), sum_dy_xhat, sum_dy
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+class TestMaskedParts:
+    """Nothing of what a batch has that comes in parts is out of reach."""
+
+    def test_are_torchs_whole(self, backend, layout, shape, axis, activation, kind):
+        channels = [shape[one] for one in oracle.channel_axes(axis, len(shape))]
+        x, dy = (in_layout(normal(i, shape), layout, axis) for i in (1, 2))
+        gamma, beta = normal(3, channels), normal(4, channels)
+        mask, weight = positions_of(shape, axis, kind)
+        valid = np.broadcast_to(True if mask is None else mask, shape)
+        counted = np.where(True if mask is None else mask, 1.0 if weight is None else weight, 0)
+        expected = torch_oracle.batch_norm(
+            x, np.where(valid, dy, 0), gamma, beta, axis=axis, activation=activation,
+            weight=counted,
+        )  # fmt: skip
+        for array in (x, dy):
+            array[~valid] = np.nan
+        found = in_parts(x, dy, gamma, beta, axis, mask, weight, [1, len(x) // 2], activation)
+        named = ("y", "dx", "dgamma", "dbeta")
+        for name, actual in zip(named, found, strict=True):
+            right = getattr(expected, name)
+            right = np.where(valid, right, 0) if name in ("y", "dx") else right
+            np.testing.assert_allclose(actual, right, rtol=1e-10, atol=1e-11, err_msg=name)
+            if name in ("y", "dx"):
+                assert (actual[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [None, "mask", "weight"])
+@pytest.mark.parametrize("ratio", [0, 1e6, 1e10])
+def test_parts_keep_the_promises(backend, ratio, kind):
+    """y and dx far from zero are as near the exact ones as those of the whole batch."""
+    shape = (60, 4, 3)
+    x, dy, gamma, beta = normal(1, shape) + ratio, normal(2, shape), normal(3, 4), normal(4, 4)
+    mask, weight = positions_of(shape, 1, kind) if kind else (None, None)
+    counted = mask if weight is None else weight
+    counted = None if counted is None else np.broadcast_to(counted, shape).astype(float)
+    valid = np.broadcast_to(True if mask is None else mask, shape)
+    exact = oracle.forward(x, gamma, beta, weight=counted)
+    gradient = oracle.backward(np.where(valid, dy, 0), x, gamma, beta, weight=counted)
+    y, dx, dgamma, _ = in_parts(x, dy, gamma, beta, 1, mask, weight, [1, 20, 21])
+    scale = np.maximum(exact.scale, 1)
+    assert_within(y, np.where(valid, exact.y, 0), 16 * ulp(scale, np.float64), "y")
+    limit = 1e-12 * gradient.dx_scale.max()
+    assert_within(dx, np.where(valid, gradient.dx, 0), limit, "dx")
+    assert_within(dgamma, gradient.dgamma, 1e-12 * gradient.dgamma_scale, "dgamma")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", [None, *POSITIONS])
+@pytest.mark.parametrize("shape", [(40, 5), (8, 5, 7, 7)], ids=str)
+def test_half_precision_is_rounded_once(backend, shape, kind, dtype):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    x, dy = (normal(i, shape, dtype) for i in (1, 2))
+    gamma, beta = normal(3, 5, np.float32), normal(4, 5, np.float32)
+    mask, weight = positions_of(shape, 1, kind) if kind else (None, None)
+    arguments = gamma, beta, 1, mask, weight, [1, 3]
+    found = in_parts(x, dy, *arguments)
+    exact = in_parts(x.astype(np.float64), dy.astype(np.float64), *arguments)
+    for name, actual, right in zip(("y", "dx"), found, exact, strict=False):
+        assert actual.dtype == dtype
+        tolerance = ulp(right, dtype) / 2 + 4 * ulp(abs(right).max() + 1, np.float32)
+        assert_within(actual.astype(np.float64), right, tolerance, name)
+
+
+@pytest.mark.parametrize("kind", [None, *POSITIONS])
+@pytest.mark.parametrize("layout", ["C", "channels_last", "sliced"])
+def test_apply_over_dy_and_over_x(backend, kind, layout):
+    shape = (6, 4, 5)
+    mask, weight = positions_of(shape, 1, kind) if kind else (None, None)
+    dy, x = (in_layout(normal(i, shape, np.float32), layout) for i in (1, 2))
+    m = bncore.moments(x, mask=mask, sample_weight=weight)
+    rest = m.mean, 1 / np.sqrt(m.var() + 1e-5), None, normal(3, 4), normal(4, 4), m.count
+    given = {"mask": mask, "sample_weight": weight}
+    dx = bncore.backward_apply(dy, x, *rest, **given)
+    for place in (0, 1):
+        pair = [in_layout(a, layout) for a in (dy, x)]
+        out = pair[place]
+        assert bncore.backward_apply(*pair, *rest, **given, out=out) is out
+        assert bits(out) == bits(dx)
+
+
+def test_a_part_without_any_position(backend):
+    """Its moments and sums are nothing's, and so is its gradient; alone it is a whole batch."""
+    x, zero = np.full((3, 2), np.nan), np.zeros(2)
+    mask = np.zeros((3, 1), bool)
+    m = bncore.moments(x, mask=mask)
+    assert (m.count == 0).all() and (m.m2 == 0).all()
+    r = bncore.backward_reduce(x, x, zero, zero + 1, mask=mask)
+    assert (r.sum_dy == 0).all() and (r.sum_dy_xhat == 0).all()
+    for count in (m.count, 7.0):
+        dx = bncore.backward_apply(x, x, zero, zero + 1, None, zero, zero, count, mask=mask)
+        assert (dx == 0).all()
+    x = normal(1, (3, 2))
+    weight = np.zeros((3, 1))
+    dx = bncore.backward_apply(
+        x, x, zero, zero + 2, None, zero + 5, zero + 5, 0, sample_weight=weight
+    )
+    np.testing.assert_array_equal(dx, 2 * x)
+    with pytest.raises(ValueError, match="count must be one positive number"):
+        bncore.backward_apply(x, x, zero, zero + 1, None, zero, zero, 0, sample_weight=weight + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("mask", np.ones((6, 4), bool), "mask must broadcast to \\(6, 1\\)"),
+        ("mask", np.ones((6, 1)), "mask must have dtype bool, got float64"),
+        ("mean_lo", np.zeros(3), "mean_lo must have the channels' shape \\(4,\\), got \\(3,\\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, value, error):
+    x, zero = normal(1, (6, 4)), np.zeros(4)
+    given = {name: value}
+    for call in (
+        lambda: bncore.backward_reduce(x, x, zero, zero + 1, **given),
+        lambda: bncore.backward_apply(x, x, zero, zero + 1, None, zero, zero, 6, **given),
+        lambda: bncore.batch_norm_inference(x, zero, zero + 1, **given),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            call()

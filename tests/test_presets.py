@@ -130,16 +130,17 @@ def onnx():
     return peer(call, lambda: kept)
 
 
-def peer(call, statistics):
-    def quietly(x, training):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a library says of another
-            return call(x, training)
+def quietly_called(function, *arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a library says of another
+        return function(*arguments)
 
+
+def peer(call, statistics):
     return SimpleNamespace(
-        train=lambda x: quietly(x, True),
-        evaluate=lambda x: quietly(x, False),
-        statistics=statistics,
+        train=lambda x: quietly_called(call, x, True),
+        evaluate=lambda x: quietly_called(call, x, False),
+        statistics=lambda: quietly_called(statistics),
     )
 
 

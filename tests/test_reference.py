@@ -34,7 +34,11 @@ def test_every_tier_has_its_kernels(tier):
         backend.statistics: ("moments", "move_running_plain"),
         backend.normalization: ("forward", "normalize", "forward_plain", "normalize_plain"),
         backend.gradient: (
-            "reduce", "apply", "activation_backward", "backward", "backward_plain",
+            "reduce",
+            "apply",
+            "activation_backward",
+            "backward",
+            "backward_plain",
             "fixed_backward",
         ),
     }
@@ -57,9 +61,7 @@ def test_forward_and_backward(shape, weighted, ratio):
     y, dx, stats, sums = np.empty(shape), np.empty(shape), np.empty((4, c)), np.empty((2, c))
     plain, count = reference.NO_ACTIVATION, n * s if weights is None else weights.total
     reference.forward(x, weights, gamma, beta, None, plain, 1e-5, y, None, stats)
-    reference.backward(
-        dy, x, weights, stats, gamma, beta, None, plain, count, dx, None, sums
-    )
+    reference.backward(dy, x, weights, stats, gamma, beta, None, plain, count, dx, None, sums)
     assert_within(y, exact.y, rounding(exact.scale, np.float64), "y")
     assert_within(stats[2], exact.var, 1e-14 * exact.var, "var")
     assert_within(dx, gradient.dx, rounding(gradient.dx_scale, np.float64), "dx")
@@ -94,5 +96,5 @@ def test_activation_backward(activation, expected):
     reference.activation_backward(
         np.ones((1, 1, 3)), z, None, np.zeros(1), None, np.ones(1), None, None, None, None,
         activation, dz,
-    )
+    )  # fmt: skip
     np.testing.assert_array_equal(dz.ravel(), expected)

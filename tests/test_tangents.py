@@ -167,34 +167,119 @@ def test_one_statistic_alone_moves(backend, name):
     assert not np.allclose(alone, none)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_inference_tangent_is_torchs(backend, shape, axis, activation, residual):
-    torch = import_torch()
-    a = case(shape, axis, activation=activation, residual=residual)
-    channels = channels_of(shape, axis)
-    column = [n if i in oracle.channel_axes(axis, len(shape)) else 1 for i, n in enumerate(shape)]
-    fixed = normal(20, channels), np.exp(normal(21, channels))
-    moved = normal(22, channels), normal(23, channels)
+def fixed_statistics(a):
+    """mean and var, and directions of both."""
+    channels = a.gamma.shape
+    return (
+        normal(20, channels),
+        np.exp(normal(21, channels)),
+        normal(22, channels),
+        normal(23, channels),
+    )
+
+
+def torch_fixed_function(torch, a):
+    """y of x, mean, var, gamma, beta and residual, in primitive operations."""
+    axes = oracle.channel_axes(a.axis, a.x.ndim)
+    column = [n if i in axes else 1 for i, n in enumerate(a.x.shape)]
+    valid = torch.ones(()) if a.mask is None else torch.tensor(a.mask)
 
     def function(x, mean, var, gamma, beta, *residual):
         mean, var, gamma, beta = (p.reshape(column) for p in (mean, var, gamma, beta))
         z = gamma * (x - mean) / torch.sqrt(var + a.eps) + beta + sum(residual)
-        return activate(torch, z, activation)
+        return activate(torch, z, a.activation) * valid
 
-    others = [a.gamma, a.beta, a.residual][: 2 + residual]
-    directions = [a.tgamma, a.tbeta, a.tresidual][: 2 + residual]
-    expected = torch_jvp(
-        torch, function, tensors(torch, a.x, *fixed, *others),
-        tensors(torch, a.tx, *moved, *directions),
-    )  # fmt: skip
-    ty = bncore.batch_norm_inference_jvp(
-        a.tx, a.x, *fixed, a.gamma, a.beta, tangent_mean=moved[0], tangent_var=moved[1],
-        tangent_gamma=a.tgamma, tangent_beta=a.tbeta, tangent_residual=a.tresidual, axis=axis,
-        residual=a.residual, activation=activation,
-    )  # fmt: skip
-    assert_near(ty, expected, 1e-12)
+    return function
+
+
+def poisoned(a):
+    """NaN wherever masked, in everything of x's shape."""
+    if a.mask is None:
+        return a
+    where = np.broadcast_to(~a.mask, a.x.shape)
+    spoiled = {}
+    for name in ("x", "dy", "residual", "tx", "tresidual"):
+        array = getattr(a, name)
+        spoiled[name] = None if array is None else np.where(where, np.nan, array)
+    return SimpleNamespace(**(vars(a) | spoiled))
+
+
+@pytest.mark.parametrize("kind", ["plain", "mask"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+class TestTorchFixed:
+    """Where the statistics are given."""
+
+    def test_tangent(self, backend, shape, axis, activation, residual, kind):
+        torch = import_torch()
+        a = case(shape, axis, activation=activation, residual=residual, kind=kind)
+        mean, var, tmean, tvar = fixed_statistics(a)
+        count = 5 + residual
+        given = tensors(torch, a.x, mean, var, a.gamma, a.beta, a.residual)[:count]
+        moved = tensors(torch, a.tx, tmean, tvar, a.tgamma, a.tbeta, a.tresidual)[:count]
+        expected = torch_jvp(torch, torch_fixed_function(torch, a), given, moved)
+        a = poisoned(a)
+        ty = bncore.batch_norm_inference_jvp(
+            a.tx, a.x, mean, var, a.gamma, a.beta, tangent_mean=tmean, tangent_var=tvar,
+            tangent_gamma=a.tgamma, tangent_beta=a.tbeta, tangent_residual=a.tresidual, axis=axis,
+            residual=a.residual, activation=activation, mask=a.mask,
+        )  # fmt: skip
+        assert_near(ty, expected, 1e-12)
+
+    def test_double_backward(self, backend, shape, axis, activation, residual, kind):
+        torch = import_torch()
+        a = case(shape, axis, activation=activation, residual=residual, kind=kind)
+        mean, var, tmean, tvar = fixed_statistics(a)
+        count = 5 + residual
+        given = tensors(torch, a.x, mean, var, a.gamma, a.beta, a.residual)[:count]
+        moved = tensors(torch, a.tx, tmean, tvar, a.tgamma, a.tbeta, a.tresidual)[:count]
+        (dy,) = tensors(torch, a.dy)
+        for tensor in (*given, dy):
+            tensor.requires_grad_()
+        y = torch_fixed_function(torch, a)(*given)
+        gradients = torch.autograd.grad(y, given, dy, create_graph=True)
+        outer = sum((g * m).sum() for g, m in zip(gradients, moved, strict=True))
+        expected = torch.autograd.grad(outer, (dy, given[0], given[3], given[1], given[2]))
+        a = poisoned(a)
+        results = bncore.batch_norm_inference_double_backward(
+            a.tx, a.dy, a.x, mean, var, a.gamma, a.beta, ddgamma=a.tgamma, ddbeta=a.tbeta,
+            ddresidual=a.tresidual, ddmean=tmean, ddvar=tvar, axis=axis, residual=a.residual,
+            activation=activation, mask=a.mask,
+        )  # fmt: skip
+        for name, right in zip(results._fields, expected, strict=True):
+            assert_near(getattr(results, name), right.numpy(), 1e-12, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fixed_double_backward_in_every_type_and_layout(backend, layout, dtype):
+    """One rounding from the float64 result; without parameters and directions there are zeros."""
+    a = case((6, 3, 5), dtype=dtype, layout=layout, activation=("leaky_relu", 0.2), residual=False)
+    mean, var, *_ = fixed_statistics(a)
+    x, dy, tx = (array.astype(np.float64) for array in (a.x, a.dy, a.tx))
+    keywords = {"activation": a.activation}
+    right = bncore.batch_norm_inference_double_backward(tx, dy, x, mean, var, **keywords)
+    found = bncore.batch_norm_inference_double_backward(a.tx, a.dy, a.x, mean, var, **keywords)
+    assert right.dgamma is found.dgamma is None
+    assert found.ddy.dtype == found.dx.dtype == a.x.dtype.newbyteorder("=")
+    relative = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-15}[dtype.name]
+    assert_near(found.ddy, right.ddy, relative)
+    assert (found.dx == 0).all()  # dx is linear in dy alone
+    for name in ("dmean", "dvar"):
+        assert_near(getattr(found, name), getattr(right, name), max(relative, 1e-13))
+
+
+def test_fixed_double_backward_names_what_does_not_fit():
+    x, one = np.ones((4, 3)), np.ones(3)
+    for given, error in (
+        ({"ddgamma": one}, "ddgamma must be None: the forward pass had no gamma"),
+        ({"ddmean": np.ones(4)}, r"ddmean must have the channels' shape \(3,\), got \(4,\)"),
+        ({"ddvar": one.astype(int)}, "ddvar must have dtype float16, .* got int64"),
+        ({"ddresidual": x}, "ddresidual must be None: the forward pass had no residual"),
+        ({"mask": x > 0}, r"mask must broadcast to \(4, 1\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            bncore.batch_norm_inference_double_backward(x, x, x, one, one, **given)
 
 
 @pytest.mark.parametrize("kind", KINDS)

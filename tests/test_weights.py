@@ -289,3 +289,23 @@ def test_many_weights_are_totalled_accurately(backend):
     np.testing.assert_allclose(m.count, 20_000, rtol=1e-14)
     plain = bncore.moments(np.ascontiguousarray(x[::2]))
     np.testing.assert_allclose(m.m2 / m.count, plain.m2 / plain.count, rtol=1e-13)
+
+
+@pytest.mark.parametrize("nonsense", [np.nan, -1.0, np.inf, 2.0**300])
+def test_weights_where_masked_are_not_looked_at(backend, nonsense):
+    x, dy, gamma, beta = arguments((4, 6, 7), 1)
+    mask, weight = some_mask((4, 1, 7)), some_weights((4, 1, 7))
+
+    def results():
+        keywords = {"mask": mask, "sample_weight": weight}
+        y, saved = bncore.batch_norm(x, gamma, beta, **keywords)
+        m = bncore.moments(x, **keywords)
+        layer = bncore.BatchNorm(6)
+        layer(x, **keywords)
+        layer.eval()(x, **keywords)
+        g = bncore.batch_norm_backward(dy, saved)
+        return bits(y, *g, m.count, m.mean, m.m2, layer.running_mean, layer.running_var)
+
+    clean = results()
+    weight[~mask] = nonsense
+    assert results() == clean

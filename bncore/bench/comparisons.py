@@ -33,6 +33,9 @@ IN_PLACE, FRESH = "in place", "fresh array"
 PARAMETERS = "parameters alone"
 FIXED, FIXED_X = "fixed statistics", "fixed statistics, dx alone"
 JVP, DOUBLE = "jvp", "double backward"
+FIXED_DOUBLE = "fixed statistics, double backward"
+IN_PARTS = "a batch in parts: its reduce and apply"
+KEEPS_X, KEEPS_Y = "layer with leaky ReLU", "layer that keeps y"
 
 ACTIVATION_COSTS = 1.05
 BYTES_COST = 1.1
@@ -274,11 +277,36 @@ def _backward(arrays: Arrays) -> dict[str, Callable[[], object]]:
         FIXED_X: partial(fixed, wrt="x"),
         JVP: partial(bncore.batch_norm_jvp, dy, saved, out=out),
         DOUBLE: partial(bncore.batch_norm_double_backward, arrays.residual, dy, saved),
+        FIXED_DOUBLE: partial(
+            bncore.batch_norm_inference_double_backward, arrays.residual, dy, x,
+            **arrays.statistics, **arrays.given,
+        ),
+        IN_PARTS: partial(_in_parts, arrays, saved),
+        **_layers(arrays),
         **_gates(arrays, saved),
-    }
+    }  # fmt: skip
     for name, half in _halves(arrays).items():
         half_saved = bncore.batch_norm(half.x, **half.given)[1]
         calls[name] = partial(backward, half.dy, half_saved, out=half.out)
+    return calls
+
+
+def _in_parts(arrays: Arrays, saved):
+    """The backward pass of a part, whose sums are those of the whole here."""
+    given = arrays.dy, arrays.x, saved.mean, saved.inv_std
+    sums = bncore.backward_reduce(*given, axis=arrays.axis)
+    return bncore.backward_apply(
+        *given, arrays.gamma, *sums, saved.count, axis=arrays.axis, out=arrays.out
+    )
+
+
+def _layers(arrays: Arrays) -> dict[str, Callable[[], object]]:
+    """Backward through the layer that keeps x, and the one that keeps y in its place."""
+    calls = {}
+    for name, kind in ((KEEPS_X, bncore.BatchNorm), (KEEPS_Y, bncore.InPlaceBatchNorm)):
+        layer = kind(arrays.gamma.size, axis=arrays.axis, activation=("leaky_relu", 0.01))
+        layer(arrays.x.copy(order="K"))
+        calls[name] = partial(layer.backward, arrays.dy, out=arrays.out)
     return calls
 
 
@@ -330,3 +358,6 @@ def _ratios(case: Case, machine: dict) -> Iterator[Ratio]:
     yield Ratio(FIXED_X, FIXED)
     yield Ratio(JVP, PLAIN)
     yield Ratio(DOUBLE, PLAIN)
+    yield Ratio(FIXED_DOUBLE, FIXED)
+    yield Ratio(IN_PARTS, PLAIN)
+    yield Ratio(KEEPS_Y, KEEPS_X)

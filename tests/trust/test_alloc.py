@@ -163,10 +163,22 @@ CALLS = {
     "inference backward": lambda s: bncore.batch_norm_inference_backward(
         s.dy, s.x, s.mean, s.var, s.gamma, s.beta, out=s.out
     ),
+    "inference, mask": lambda s: bncore.batch_norm_inference(
+        s.x, s.mean, s.var, mask=s.mask, out=s.out
+    ),
+    "inference backward, mask": lambda s: bncore.batch_norm_inference_backward(
+        s.dy, s.x, s.mean, s.var, s.gamma, s.beta, mask=s.mask, residual=s.x, out=s.out
+    ),
     "moments": lambda s: bncore.moments(s.x),
     "reduce": lambda s: bncore.backward_reduce(s.dy, s.x, s.mean, s.var),
     "apply": lambda s: bncore.backward_apply(
         s.dy, s.x, s.mean, s.var, s.gamma, s.var, s.var, 54, out=s.out
+    ),
+    "apply, mask": lambda s: bncore.backward_apply(
+        s.dy, s.x, s.mean, s.var, s.gamma, s.var, s.var, 54, mask=s.mask, out=s.out
+    ),
+    "apply, weights": lambda s: bncore.backward_apply(
+        s.dy, s.x, s.mean, s.var, s.gamma, s.var, s.var, 54, sample_weight=s.mask, out=s.out
     ),
     "layer": lambda s: s.layer(s.x),
     "layer, out": lambda s: s.layer(s.x, out=s.out),
