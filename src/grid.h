@@ -112,7 +112,7 @@ inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
 }
 
 /* Bytes in a cell: less than `most` where there would be few of them. */
-inline ptrdiff_t cell_of(ptrdiff_t bytes, ptrdiff_t most) { return clamp(bytes / 8, 1 << 16, most); }
+inline ptrdiff_t cell_of(ptrdiff_t bytes, ptrdiff_t most) { return clamp(bytes / 4, 1 << 17, most); }
 
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
  * columns a line as long as the accumulators' cache bears. */
