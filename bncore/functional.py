@@ -98,15 +98,16 @@ class Saved:
     extras : Extras
         What else the forward pass was given.
     record : tuple
-        All of these but x as the kernels write and read them, which spares a small batch an object
-        of so many attributes: gamma, beta, axes, eps, values, stats, the shape of gamma, extras.
+        All of these but x as the kernels write and read them: gamma, beta, axes, eps, values,
+        stats, the shape of gamma, extras.
+
+    Notes
+    -----
+    For a small batch the time to make an object counts: hence one tuple in the place of many
+    attributes, and no ``__init__``.
     """
 
     __slots__ = ("x", "record")
-
-    def __init__(self, x, record):
-        self.x = x
-        self.record = record
 
     @property
     def gamma(self):
@@ -260,14 +261,15 @@ def batch_norm(
     >>> y is h, h.ravel(), saved.var
     (True, array([ 1., -1.], dtype=float16), array([3.6e+09]))
     """
+    saved = Saved()  # before anything is written, as it may fail
     if mask is None and sample_weight is None:
         epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
         plain = _backend.active.normalization.forward_plain(
             x, gamma, beta, residual, epilogue, axis, eps, out, None, get_num_threads()
         )
         if plain is not None:
-            y, kept, record = plain
-            return y, Saved(kept, record)
+            y, saved.x, saved.record = plain
+            return y, saved
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
@@ -296,12 +298,12 @@ def batch_norm(
         _threads(x),
     )  # fmt: skip
     values = float(layout.shape[0] * layout.shape[2]) if weights is None else weights.given_total
-    kept = None if out is not None and _check.coincide(out, x) else x
-    record = (
+    saved.x = None if out is not None and _check.coincide(out, x) else x
+    saved.record = (
         gamma, beta, axes, eps, values, stats, shape, activation, residual is not None, bits,
         weights,
     )  # fmt: skip
-    return target.finish(), Saved(kept, record)
+    return target.finish(), saved
 
 
 def batch_norm_backward(dy, saved, *, wrt=None, out=None):

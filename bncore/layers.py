@@ -209,15 +209,16 @@ class BatchNorm(Layer):
             return None
         activation = self.activation
         epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
+        # Whatever can fail comes before the kernel, which moves the running statistics.
+        saved, tracked = Saved(), self.num_batches_tracked + 1
         plain = _backend.active.normalization.forward_plain(
             x, self.gamma, self.beta, residual, epilogue, self.axis, self.eps, out, running,
             get_num_threads(),
         )  # fmt: skip
         if plain is None:
             return None
-        y, kept, record = plain
-        self.num_batches_tracked += 1
-        self._forward = Saved(kept, record)
+        y, saved.x, saved.record = plain
+        self._forward, self.num_batches_tracked = saved, tracked
         return y
 
     def _normalize_batch(self, x, residual, mask, sample_weight, out):
