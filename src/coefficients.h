@@ -17,10 +17,13 @@ template <class Real, class ValueOfChannel>
 inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
                       Real* line) {
   const ptrdiff_t repeat = grid.columns ? grid.inner : 1, places = channels * repeat;
-  for (ptrdiff_t c = 0; repeat == 1 && c < channels; ++c) line[c] = static_cast<Real>(value(c));
-  for (ptrdiff_t c = 0; repeat > 1 && c < channels; ++c) {
-    const Real v = static_cast<Real>(value(c));
-    for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
+  if (repeat == 1) {
+    for (ptrdiff_t c = 0; c < channels; ++c) line[c] = static_cast<Real>(value(c));
+  } else {
+    for (ptrdiff_t c = 0; c < channels; ++c) {
+      const Real v = static_cast<Real>(value(c));
+      for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
+    }
   }
   const ptrdiff_t end = grid.tile * places;
   for (ptrdiff_t done = places; done < end; done *= 2) // each time as much as there is already
@@ -104,12 +107,13 @@ template <class Real> inline double finite(double scale) {
   return scale > most ? most : scale < -most ? -most : scale;
 }
 
-/* Whether a channel's unit is 1, as told without a branch. */
-template <class Real> inline bool is_ordinary(double mean, double inv_std) {
+/* 0 where a channel's unit is 1: an integer as wide as a double, so that many are told at once. */
+template <class Real> inline int64_t is_unusual(double mean, double inv_std) {
   constexpr double large = sizeof(Real) == sizeof(double) ? 0x1p400 : 0x1p60, small = 1 / large;
   const double offset = std::fabs(mean);
-  return (inv_std > small) & (inv_std < large) & (offset < large) &
-         ((offset >= small) | (offset == 0));
+  const auto unless = [](bool holds) { return holds ? int64_t(0) : int64_t(1); };
+  return unless(inv_std > small) | unless(inv_std < large) | unless(offset < large) |
+         (unless(offset >= small) & unless(offset == 0));
 }
 
 /* The coefficients all maps share, and each channel's unit; true where one is not 1. */
@@ -119,8 +123,9 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   typedef typename Element<T>::Real Real;
   const ptrdiff_t channels = last - first;
   const double *mean = p.mean + first, *inv_std = p.inv_std + first;
-  bool scaled = false;
-  for (ptrdiff_t c = 0; c < channels; ++c) scaled |= !is_ordinary<Real>(mean[c], inv_std[c]);
+  int64_t unusual = 0;
+  for (ptrdiff_t c = 0; c < channels; ++c) unusual |= is_unusual<Real>(mean[c], inv_std[c]);
+  const bool scaled = unusual != 0;
   for (ptrdiff_t c = 0; c < channels; ++c) unit[c] = 1;
   for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<Real>(mean[c], inv_std[c]);
   Real hi[max_line(sizeof(T))], lo[max_line(sizeof(T))];

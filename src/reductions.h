@@ -163,6 +163,16 @@ template <class T, class Terms> struct Route {
   }
 };
 
+/* line[i] += more[i], which do not overlap; and the same of sums in twofold form. */
+inline void add_line(const double* __restrict more, ptrdiff_t n, double* __restrict line) {
+  for (ptrdiff_t i = 0; i < n; ++i) line[i] += more[i];
+}
+
+inline void two_sums(const double* __restrict more, ptrdiff_t n, double* __restrict hi,
+                     double* __restrict lo) {
+  for (ptrdiff_t i = 0; i < n; ++i) two_sum(more[i], &hi[i], &lo[i]);
+}
+
 /* End a chunk of channel c: its accumulator goes to the sums. */
 inline void flush(Accumulator* accumulator, SumTable sums, ptrdiff_t c) {
   two_sum(accumulator->first_total(), &sums.first[c], &sums.first_lo[c]);
@@ -223,11 +233,6 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrd
   }
 }
 
-/* line[i] += more[i], which do not overlap */
-inline void add_line(const double* __restrict more, ptrdiff_t n, double* __restrict line) {
-  for (ptrdiff_t i = 0; i < n; ++i) line[i] += more[i];
-}
-
 /* Add the places of a line, folded by channel, to sums[first..last): a tile's upper half onto its
  * lower half until one line is left. */
 inline void fold_line(const Grid& grid, ptrdiff_t first, ptrdiff_t last, ptrdiff_t tile,
@@ -242,7 +247,7 @@ inline void fold_line(const Grid& grid, ptrdiff_t first, ptrdiff_t last, ptrdiff
     for (ptrdiff_t s = 0; s < repeat; ++s) total += line[c * repeat + s];
     line[c] = total;
   }
-  for (ptrdiff_t c = 0; c < channels; ++c) two_sum(line[c], &sum[first + c], &sum_lo[first + c]);
+  two_sums(line, channels, sum + first, sum_lo + first);
 }
 
 /* Columns of one cell, into sums[first..last). */
@@ -319,16 +324,14 @@ inline double pilot(const Grid& grid, View<const T> x, const Weights& weights, p
 
 /* All blocks' sums of a group's channels, added in the blocks' order, into block 0's rows. */
 inline SumTable merge_blocks(const Grid& grid, ptrdiff_t group, double* partial) {
-  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
   const SumTable total = SumTable::of(partial, 0, grid.channels);
   for (ptrdiff_t block = 1; block < grid.blocks; ++block) {
     const SumTable more = SumTable::of(partial, block, grid.channels);
-    for (ptrdiff_t c = first; c < last; ++c) {
-      two_sum(more.first[c], &total.first[c], &total.first_lo[c]);
-      total.first_lo[c] += more.first_lo[c];
-      two_sum(more.second[c], &total.second[c], &total.second_lo[c]);
-      total.second_lo[c] += more.second_lo[c];
-    }
+    two_sums(more.first + first, channels, total.first + first, total.first_lo + first);
+    add_line(more.first_lo + first, channels, total.first_lo + first);
+    two_sums(more.second + first, channels, total.second + first, total.second_lo + first);
+    add_line(more.second_lo + first, channels, total.second_lo + first);
   }
   return total;
 }
@@ -422,17 +425,29 @@ inline void finish_moments(const Grid& grid, View<const T> x, const Weights& wei
   }
 }
 
+/* Whether all of the units are 1. */
+inline bool are_ordinary(const double* unit, ptrdiff_t n) {
+  int64_t others = 0;
+  for (ptrdiff_t i = 0; i < n; ++i) others |= unit[i] == 1 ? int64_t(0) : int64_t(1);
+  return others == 0;
+}
+
 /* var = m2 / n      inv_std = 1 / sqrt(var + eps), where m2 is that of x times unit */
 inline void finish_inv_std(const Grid& grid, const Weights& weights, double eps, ptrdiff_t group,
                            const double* __restrict unit, double* __restrict var,
                            double* __restrict inv_std) {
-  for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) {
-    const double scaled = var[c] / weights.total, scaled_eps = eps * unit[c] * unit[c];
-    /* The product overflows only where the variance is nothing beside eps. */
-    inv_std[c] = scaled_eps <= DBL_MAX ? unit[c] / std::sqrt(scaled + scaled_eps)
-                                       : 1 / std::sqrt(eps);
-    var[c] = scaled / unit[c] / unit[c];
-  }
+  const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
+  const double total = weights.total;
+  const auto finish = [=](const auto& unit_at) {
+    for (ptrdiff_t c = first; c < last; ++c) {
+      const double u = unit_at(c), scaled = var[c] / total, scaled_eps = eps * u * u;
+      /* The product overflows only where the variance is nothing beside eps. */
+      inv_std[c] = scaled_eps <= DBL_MAX ? u / std::sqrt(scaled + scaled_eps) : 1 / std::sqrt(eps);
+      var[c] = scaled / u / u;
+    }
+  };
+  if (are_ordinary(unit + first, last - first)) finish([](ptrdiff_t) { return 1.0; });
+  else finish([unit](ptrdiff_t c) { return unit[c]; });
 }
 
 /* sum dy      sum dy x' = inv_std sum dy (x - mean) */
