@@ -15,9 +15,9 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
   Spread<Positions, 1, max_line(sizeof(T))> spread;
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
   const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
-  write_row<Writer::kStream, Writer::kStream>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
-                                    writer.out.at(t, c), count * channels * grid.inner,
-                                    Writer::kStream ? seams->of(grid, t) : nullptr);
+  write_row<Writer::kStream>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
+                             writer.out.at(t, c), count * channels * grid.inner,
+                             Writer::kStream ? seams->of(grid, t) : nullptr);
 }
 
 /* Write every row or line of one cell. */
@@ -38,7 +38,7 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
     const Piece piece = Piece::at(grid, t);
     const auto weigh = writer.weights.row(piece.n, piece.s);
     for (ptrdiff_t c = first; c < last; ++c)
-      write_row<Writer::kStream, Writer::kStream>(
+      write_row<Writer::kStream>(
           writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh),
           writer.out.at(piece.n, c) + piece.s, piece.length,
           Writer::kStream ? seams->of(grid, piece.n) : nullptr);
@@ -314,19 +314,23 @@ template <class T> struct BackwardInput {
   }
 };
 
-/* The gates of some channels as intervals of x. */
+/* Channels whose gates are found together. */
+constexpr ptrdiff_t kGatesAtOnce = 64;
+
+/* The gates of a part of the channels as intervals of x. */
 template <class T>
 inline void find_gates(const BackwardInput<T>& input, const GradientParameters& p,
-                       ptrdiff_t first, ptrdiff_t last, double* gate_low, double* gate_high) {
+                       ptrdiff_t channels, ptrdiff_t part, double* gate_low, double* gate_high) {
   typedef typename Element<T>::Real Real;
   const Gate<T> gate(input.epilogue);
-  Grid one = {};
-  one.width = one.inner = one.tile = one.step = 1;
-  one.channels = last;
-  CoefficientTable<T> table(one, nullptr);
-  for (ptrdiff_t c = first; c < last; ++c) {
-    fill_normalize<T>(one, p, c, true, &table);
-    const auto of = [&](int which) { return table.row(which)[0]; };
+  Grid parts = {};
+  parts.inner = parts.tile = parts.step = 1;
+  parts.channels = channels, parts.width = kGatesAtOnce;
+  CoefficientTable<T> table(parts, nullptr);
+  fill_normalize<T>(parts, p, part, true, &table);
+  const ptrdiff_t first = parts.first_channel(part);
+  for (ptrdiff_t c = first; c < parts.last_channel(part); ++c) {
+    const auto of = [&](int which) { return table.row(which)[c - first]; };
     const Ramp<Real> z = {of(kMeanHi), of(kMeanLo), of(kScale), of(kOffset), of(kUnit)};
     Real low, high;
     gate_interval(gate, z, &low, &high);
@@ -340,7 +344,7 @@ template <class T>
 inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
                          const GradientParameters& p, ptrdiff_t group, ptrdiff_t block,
                          double* partial) {
-  const auto sum = [&](const auto& from, const CoefficientTable<T>* table) {
+  const auto sum = [&](const auto& from, const GateTable<T>* table) {
     input.weights.visit([&](auto positions) {
       typedef BackwardTerms<T, std::decay_t<decltype(from)>, decltype(positions)> Terms;
       const Terms terms = {from, positions, input.x, p.mean, p.mean_lo, table,
@@ -351,7 +355,7 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
   };
   input.visit(grid, [&](const auto& from) {
     if constexpr (!kHasInterval<std::decay_t<decltype(from)>>) return sum(from, nullptr);
-    CoefficientTable<T> table(grid, nullptr);
+    GateTable<T> table;
     fill_gates(grid, p, group, &table);
     sum(from, &table);
   });
@@ -423,14 +427,14 @@ inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& inp
   input.visit(grid, [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
     typedef BackwardTerms<T, From, EveryPosition> Terms;
-    const auto work = [&](const CoefficientTable<T>* table) {
+    const auto work = [&](const GateTable<T>* table) {
       const Terms terms = {from, {}, input.x, p.mean, p.mean_lo, table, grid.first_channel(next),
                            input.kept_dy(grid, next), input.kept_x(grid, next)};
       gradient_work(WriteAndSum<T, Terms>{grid, group, block, next, terms, partial, seams},
                     from.of(kept), EveryPosition(), kept.x, output.dx, p, stream);
     };
     if constexpr (!kHasInterval<From>) return work(nullptr);
-    CoefficientTable<T> table(grid, nullptr);
+    GateTable<T> table;
     fill_gates(grid, p, next, &table);
     work(&table);
   });

@@ -91,8 +91,9 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     void normalize_block[T](const Grid&, const ForwardInput[T]&, View[T] y,
                             const NormalizeParameters&, bint stream, ptrdiff_t group,
                             ptrdiff_t block, Seams[T]*)
-    void find_gates[T](const BackwardInput[T]&, const GradientParameters&, ptrdiff_t first,
-                       ptrdiff_t last, double* gate_low, double* gate_high)
+    const ptrdiff_t GATES_AT_ONCE "bncore::kGatesAtOnce"
+    void find_gates[T](const BackwardInput[T]&, const GradientParameters&, ptrdiff_t channels,
+                       ptrdiff_t part, double* gate_low, double* gate_high)
     void reduce_block[T](const Grid&, const BackwardInput[T]&, const GradientParameters&,
                          ptrdiff_t group, ptrdiff_t block, double* partial)
     void finish_sums(const Grid&, double* partial, const double* inv_std, ptrdiff_t group,

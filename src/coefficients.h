@@ -52,17 +52,26 @@ template <class T> struct CoefficientTable {
   const Real* row(int which) const { return rows[which] + phase; }
 };
 
-/* A coefficient as a map takes it. */
-template <class T> struct PickUniform {
+/* The gates alone, of a group that is summed. */
+template <class T> struct GateTable {
+  typedef typename Element<T>::Real Real;
+  alignas(64) Real rows[2][kSumLine + kPad];
+
+  Real* row(int which) { return rows[which - kGateLow]; }
+  const Real* row(int which) const { return rows[which - kGateLow]; }
+};
+
+/* A coefficient as a map, or a sum, takes it. */
+template <class T, class Table = CoefficientTable<T>> struct PickUniform {
   template <class U> using Coefficient = Uniform<U>;
-  const CoefficientTable<T>* table;
+  const Table* table;
   ptrdiff_t c;
   Uniform<T> operator()(int which) const { return {table->row(which)[c]}; }
 };
 
-template <class T> struct PickPerPlace {
+template <class T, class Table = CoefficientTable<T>> struct PickPerPlace {
   template <class U> using Coefficient = PerPlace<U>;
-  const CoefficientTable<T>* table;
+  const Table* table;
   PerPlace<T> operator()(int which) const { return {table->row(which)}; }
 };
 
@@ -164,9 +173,9 @@ inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t grou
 }
 
 /* The coefficients of dz in a group. */
-template <class T>
+template <class Table>
 inline void fill_gates(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
-                       CoefficientTable<T>* table) {
+                       Table* table) {
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.gate_low[first + c]; },
             table->row(kGateLow));

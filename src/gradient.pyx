@@ -19,11 +19,10 @@ from arguments cimport (
     pointer, read_only, room, same_or_apart, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid, Half, Kept,
-    KeptMemory, Scratch, Seams, Tickets, Turns, View, element, find_gates, finish_sums,
-    fixed_gradient_block, gate_block, gradient_and_sum_block, gradient_block, join_team,
-    map_grid,
-    reduce_block, sum_grid,
+    GATES_AT_ONCE, BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid,
+    Half, Kept, KeptMemory, Scratch, Seams, Tickets, Turns, View, element, find_gates,
+    finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block, gradient_block,
+    join_team, map_grid, reduce_block, sum_grid,
 )
 from traffic cimport is_resident, is_streamed, keeps_rows
 
@@ -232,7 +231,7 @@ cdef void differentiate(
     cdef KeptMemory[element] kept
     if is_resident(grid, 2 * sizeof(element), num_threads):
         tickets.hand_out_groups(grid, sizeof(element), num_threads)
-        if keeps_rows(grid, stream):
+        if keeps_rows(grid, 2 * sizeof(element), stream):
             kept.allocate(2 * Kept[element].size(grid), num_threads)
         if num_threads == 1: # without OpenMP's microsecond
             differentiate_groups(
@@ -329,19 +328,18 @@ cdef void prepare_gates(
     int num_threads,
 ) noexcept nogil:
     """Where an activation hands its gradient on, found for each channel if it is needed."""
-    cdef ptrdiff_t part, parts = 1 + grid.channels // 64, channels = grid.channels
+    cdef ptrdiff_t part, channels = grid.channels
+    cdef ptrdiff_t parts = (channels + GATES_AT_ONCE - 1) // GATES_AT_ONCE
     cdef double* low = scratch + 4 * grid.blocks * channels
     parameters.gate_low, parameters.gate_high = low, low + channels
     if input.epilogue.activation == 0 or input.bits != NULL:
         return
     if num_threads == 1 or parts == 1: # without OpenMP's microsecond
-        find_gates(input, parameters[0], 0, channels, low, low + channels)
+        for part in range(parts):
+            find_gates(input, parameters[0], channels, part, low, low + channels)
         return
     for part in prange(parts, num_threads=num_threads):
-        find_gates(
-            input, parameters[0], part * channels // parts, (part + 1) * channels // parts, low,
-            low + channels,
-        )
+        find_gates(input, parameters[0], channels, part, low, low + channels)
 
 
 cdef int reduce_as(

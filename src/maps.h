@@ -259,15 +259,15 @@ BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, 
   else write_cached(map, out, i, n);
 }
 
-/* Write n elements of the map to `out`, whole lines past the cache where Stream says so. Fetch: what
- * is read lies in memory, one row after the other. */
-template <bool Stream, bool Fetch, class T, class Map>
+/* Write n elements of the map to `out`, whole lines past the cache where Stream says so; what is
+ * read then comes from memory, one row after the other. */
+template <bool Stream, class T, class Map>
 inline void write_row(const Map& map, T* out, ptrdiff_t n, Seam<T>* seam) {
   constexpr int unroll = 4, turn = unroll * Element<T>::kLanes;
   constexpr ptrdiff_t ahead = kFetchAhead / (Map::kArrays * sizeof(T));
   ptrdiff_t i = write_head<Stream>(map, out, n, seam);
   for (; i + turn <= n; i += turn) {
-    if (Fetch) map.prefetch(i + ahead, turn);
+    if (Stream) map.prefetch(i + ahead, turn);
     write_vectors<Stream, unroll>(map, out, i);
   }
   write_tail<Stream>(map, out, i, n, seam);

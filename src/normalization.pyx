@@ -137,7 +137,7 @@ cdef void normalize_batch(
     cdef KeptMemory[element] kept
     if is_resident(grid, sizeof(element), num_threads):
         tickets.hand_out_groups(grid, sizeof(element), num_threads)
-        if keeps_rows(grid, stream):
+        if keeps_rows(grid, sizeof(element), stream):
             kept.allocate(Kept[element].size(grid), num_threads)
         if num_threads == 1: # without OpenMP's microsecond
             normalize_groups(

@@ -115,7 +115,7 @@ template <class T, class From, class At> struct BackwardTerms {
   View<const T> x;
   const double* mean;
   const double* mean_lo;
-  const CoefficientTable<T>* table;
+  const GateTable<T>* table;
   ptrdiff_t begin;
   Kept<T> kept_dy, kept_x;
 
@@ -124,7 +124,7 @@ template <class T, class From, class At> struct BackwardTerms {
     fill_line(grid, last - first, [&](ptrdiff_t c) { return mean_lo[first + c]; }, two);
   }
   auto row(ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    const auto source = from.source(PickUniform<T>{table, c - begin}, n, c, s);
+    const auto source = from.source(PickUniform<T, GateTable<T>>{table, c - begin}, n, c, s);
     const auto weigh = weights.row(n, s);
     return GradientTerms<T, decltype(source), decltype(weigh)>{
         source, x.at(n, c) + s, mean[c], mean_lo[c], weigh, kept_dy.at(n, c, s),
@@ -133,7 +133,7 @@ template <class T, class From, class At> struct BackwardTerms {
   template <class Weigh>
   auto column(ptrdiff_t n, ptrdiff_t c, ptrdiff_t tile, const double* means,
               const double* means_lo, Lines<Weigh> lines) const {
-    const auto source = from.source(PickPerPlace<T>{table}, n, c, 0);
+    const auto source = from.source(PickPerPlace<T, GateTable<T>>{table}, n, c, 0);
     const Strides one = from.strides();
     return ColumnGradientTerms<T, decltype(source), Weigh>{
         source, x.at(n, c), {one.dy * tile, x.n_stride * tile, one.bits * tile}, means, means_lo,

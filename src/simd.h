@@ -518,6 +518,7 @@ template <class V> inline auto widen_lanes(const int8_t* p) {
 template <class V, bool Whole> inline auto load_lanes(const int8_t* p, int k) {
   if constexpr (Whole) return widen_lanes<V>(p);
   int8_t some[sizeof(V) / sizeof(V{}[0])] = {};
+  if (k < 0) __builtin_unreachable();
   std::memcpy(some, p, k);
   return widen_lanes<V>(some);
 }

@@ -4,10 +4,13 @@
 from blocks cimport Grid
 
 cdef enum:
-    # A group and its result beside it stay in a second-level cache of 1 to 2 MB.
-    RESIDENT_BYTES = 2 << 20
+    # A group of rows stays in a second-level cache of 1 to 2 MB; where it is read in long runs, in
+    # the cache behind that is good enough.
+    KEPT_BYTES = 2 << 20
+    RESIDENT_BYTES = 12 << 20
+    LONG_RUN = 2048 # elements
     # Beyond this a result is not read back from any cache, and storing past it saves a read.
-    STREAMED_BYTES = 1 << 22
+    STREAMED_BYTES = 4 << 20
 
 
 cdef inline bint is_resident(
@@ -17,19 +20,24 @@ cdef inline bint is_resident(
 
     bytes_per_element counts every array that is read twice.
     """
+    cdef ptrdiff_t most = RESIDENT_BYTES if grid.width * grid.inner >= LONG_RUN else KEPT_BYTES
     return (
         not grid.columns
-        and grid.group_size() * bytes_per_element <= RESIDENT_BYTES
+        and grid.group_size() * bytes_per_element <= most
         and (num_threads == 1 or grid.groups >= 4 * num_threads)
     )
 
 
-cdef inline bint keeps_rows(const Grid& grid, bint streamed) noexcept nogil:
+cdef inline bint keeps_rows(
+    const Grid& grid, ptrdiff_t bytes_per_element, bint streamed
+) noexcept nogil:
     """Whether the rows of a group that is_resident are kept where they can be read again.
 
     Where all is cached anyway it would be a detour.
     """
-    return streamed and not grid.weighted
+    return (
+        streamed and not grid.weighted and grid.group_size() * bytes_per_element <= KEPT_BYTES
+    )
 
 
 cdef inline bint is_streamed(const Grid& grid, ptrdiff_t bytes_per_element) noexcept nogil:
