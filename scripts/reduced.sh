@@ -17,10 +17,18 @@ run() {
   "$@"
 }
 
+# The packages, installed where they may be; says so where they are not to be had.
 have() {
-  command -v "$1" >/dev/null && return
-  { apt-get update -qq && apt-get install -y -qq $2; } >"$work/apt.log" 2>&1 && return
-  echo "NOTE: no $1 here: its check is left out"
+  dpkg -s "$@" >/dev/null 2>&1 && return
+  { apt-get update -qq && apt-get install -y -qq "$@"; } >"$work/apt.log" 2>&1 && return
+  echo "NOTE: no $* here: a check is left out"
+  return 1
+}
+
+shared_python() {
+  python -c 'import sys, sysconfig; sys.exit(not sysconfig.get_config_var("Py_ENABLE_SHARED"))' &&
+    return
+  echo "NOTE: no libpython to link with here: no look for races"
   return 1
 }
 
@@ -30,5 +38,5 @@ rm -r "$work/copy"
 run python scripts/mutants.py --tier "$tier" --jobs 2 --sample 6
 TIER=$tier run scripts/sanitize.sh tests/test_layouts.py tests/trust/test_exact.py \
   tests/trust/test_fuzz.py tests/trust/test_alias.py
-if have valgrind valgrind; then run scripts/valgrind.sh; fi
-if have clang "clang libomp-dev"; then run scripts/tsan.sh; fi
+if have valgrind; then run scripts/valgrind.sh; fi
+if shared_python && have clang libomp-dev; then run scripts/tsan.sh; fi
