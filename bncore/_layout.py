@@ -86,7 +86,13 @@ def to_kernel(array: np.ndarray, layout: Layout) -> np.ndarray:
     if has_view(array, layout):
         return array.transpose(layout.order).reshape(layout.shape)
     native = array.dtype.newbyteorder("=")
-    return np.ascontiguousarray(array.transpose(layout.order), dtype=native).reshape(layout.shape)
+    return dense(array.transpose(layout.order), native).reshape(layout.shape)
+
+
+def dense(array: np.ndarray, dtype: np.typing.DTypeLike) -> np.ndarray:
+    """``array`` as kernels read it: C-contiguous, of a native dtype, and aligned; else a copy."""
+    array = np.ascontiguousarray(array, dtype)
+    return array if array.flags.aligned else array.copy()
 
 
 def from_kernel(kernel_array: np.ndarray, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
@@ -98,7 +104,7 @@ def from_kernel(kernel_array: np.ndarray, layout: Layout, shape: tuple[int, ...]
 def positions_to_kernel(positions: np.ndarray, layout: Layout) -> np.ndarray:
     """An array over x's axes with channel axes of length 1, as contiguous ``(N, S)``."""
     n, _, s = layout.shape
-    return np.ascontiguousarray(positions.transpose(layout.order)).reshape(n, s)
+    return dense(positions.transpose(layout.order), positions.dtype).reshape(n, s)
 
 
 def gate_bytes(shape: tuple[int, int, int]) -> int:

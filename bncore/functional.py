@@ -882,7 +882,7 @@ def _threads(x):
 
 def _parameter(array):
     """A per-channel array as the kernels take it: float64, contiguous, flat."""
-    return None if array is None else np.ascontiguousarray(array, np.float64).reshape(-1)
+    return None if array is None else _layout.dense(array, np.float64).reshape(-1)
 
 
 def _statistics(mean, mean_lo, inv_std):

@@ -4,7 +4,7 @@
 #   scripts/build_copy.sh DIRECTORY TIER [FLAGS OF COMPILER AND LINKER]
 #
 # The C++ says which line of the .pyx it comes from, as gcov and the sanitizers' reports want it.
-# OPTIMIZE are other flags for -O1 -g. PLANT_RACE=1 plants a data race.
+# OPTIMIZE are other flags for -O1 -g1. PLANT_RACE=1 plants a data race.
 set -eu
 directory=$1 tier=$2 flags=${3:-}
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ mkdir -p "$directory"
 git ls-files -z | xargs -0 cp --parents -t "$directory"
 cd "$directory"
 grep -q '"-O3", "-g0", ' setup.py  # else the next line would do nothing
-optimize=$(printf '"%s", ' ${OPTIMIZE:--O1 -g})
+optimize=$(printf '"%s", ' ${OPTIMIZE:--O1 -g1})
 sed -i "s/\"-O3\", \"-g0\", /$optimize/; s/force=self.force,/force=self.force, emit_linenums=True,/" setup.py
 if [ -n "${PLANT_RACE:-}" ]; then
   sed -i 's/std::atomic<ptrdiff_t> taken{0};/ptrdiff_t taken = 0;/

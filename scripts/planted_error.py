@@ -4,10 +4,20 @@ import numpy as np
 
 from bncore import _backend
 
-channels = 64
-statistics = np.zeros((4, channels))
-too_short = np.zeros(channels // 2, np.float32)
-_backend.active.normalization.forward(
-    np.ones((4, channels, 1), np.float32), None, None, None, None, (0, 0.0, 0.0), 1e-5,
-    too_short.reshape(1, -1, 1), statistics, 1,
-)  # fmt: skip
+CHANNELS = 64
+ARGUMENTS = dict(
+    x=np.ones((4, CHANNELS, 1), np.float32),
+    weights=None,
+    gamma=None,
+    beta=None,
+    residual=None,
+    activation=(0, 0.0, 0.0),
+    eps=1e-5,
+    y=np.zeros((1, CHANNELS // 2, 1), np.float32),  # too short
+    bits=None,
+    stats=np.zeros((4, CHANNELS)),
+    num_threads=1,
+)
+
+if __name__ == "__main__":
+    _backend.active.normalization.forward(**ARGUMENTS)

@@ -24,22 +24,41 @@ SMALL = [
 
 
 def run(shape, dtype, threads):
-    """Forward, backward and inference of a shape, plain, with an epilogue and in place."""
+    """Everything of a shape: plain, with each epilogue, mask and weights, fixed, and in place."""
     functional.get_num_threads = lambda: threads
     rng = np.random.default_rng(0)
     x, dy = rng.standard_normal((2, *shape), np.float32).astype(dtype)
     gamma, beta = rng.standard_normal((2, shape[1]))
-    for arguments in ({}, {"activation": "relu", "residual": dy}):
-        _, saved = bncore.batch_norm(x, gamma, beta, **arguments)
+    positions = (shape[0], 1, *shape[2:])
+    mask, weights = rng.random(positions) < 0.8, rng.uniform(0, 2, positions)
+    for fused in (
+        {},
+        {"activation": "relu", "residual": dy},
+        {"activation": ("leaky_relu", 0.1)},
+        {"mask": mask, "activation": ("clip", -1, 1)},
+        {"sample_weight": weights},
+    ):
+        _, saved = bncore.batch_norm(x, gamma, beta, **fused)
         bncore.batch_norm_backward(dy, saved)
-        bncore.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, **arguments)
+        bncore.batch_norm_backward(dy, saved, wrt="gamma")
+    for activation in (None, "relu"):
+        fixed = x, saved.mean, saved.var, gamma, beta
+        bncore.batch_norm_inference(*fixed, activation=activation, residual=dy)
+        bncore.batch_norm_inference_backward(dy, *fixed, activation=activation)
     bncore.moments(x[::-1])
+    bncore.moments(x, mask=mask, sample_weight=weights)
+    sums = bncore.backward_reduce(dy, x, saved.mean, saved.inv_std)
+    bncore.backward_apply(dy, x, saved.mean, saved.inv_std, gamma, *sums, len(x), out=dy)
+    layer = bncore.BatchNorm(shape[1], dtype=dtype)
+    if x.size > x.shape[1]:
+        layer.backward(layer(x))
     bncore.batch_norm(x, gamma, beta, out=x)
 
 
 if __name__ == "__main__":
     small = sys.argv[1:] == ["small"]
     assert len(SMALL) >= 50 or not small
-    for shape, dtype in itertools.product(SMALL if small else LARGE, ("float32", "float64")):
+    dtypes = ("float32", "float64", "float16")
+    for shape, dtype in itertools.product(SMALL if small else LARGE, dtypes):
         run(shape, dtype, threads=1 if small else 4)
     print("done")

@@ -61,6 +61,13 @@ class TestRoundedOnce:
         assert_within(saved.mean, forward.mean, ulp(forward.mean, np.float32), "mean")
         assert_within(saved.var, forward.var, ulp(forward.var, np.float32), "var")
 
+    def test_moments(self, backend, dtype, shape, layout):
+        x = arguments(shape, dtype, layout)[0]
+        forward, _ = exact(shape, dtype)
+        m = bncore.moments(x)
+        np.testing.assert_allclose(m.mean, forward.mean.astype(np.float64), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(m.var(), forward.var.astype(np.float64), rtol=1e-13)
+
     def test_inference(self, backend, dtype, shape, layout):
         x, _, gamma, beta = arguments(shape, dtype, layout)
         forward, _ = exact(shape, dtype)

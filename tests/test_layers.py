@@ -590,6 +590,8 @@ class TestStateGivenByHand:
             ("momentum", 2.5, ValueError),
             ("momentum", "a", TypeError),
             ("num_batches_tracked", None, TypeError),
+            ("num_batches_tracked", -1, ValueError),
+            ("num_batches_tracked", 2**63 - 1, ValueError),
             ("running_mean", None, TypeError),
         ],
     )

@@ -4,11 +4,13 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import bncore
+from bncore import _backend
 from bncore.bench import workloads
 
 from . import oracle
@@ -256,3 +258,42 @@ def test_one_channel_has_the_same_bits_however_it_is_asked_for(backend, shape, a
             g = bncore.batch_norm_backward(given, saved)
             results.append(bits(y, saved.stats, *g))
     assert all(result == results[0] for result in results)
+
+
+def test_kernels_are_given_aligned_arrays(backend, monkeypatch):
+    """Unaligned arguments of every kind are copied, contiguous ones too."""
+    received = []
+
+    def spy(module):
+        functions = {}
+        for name in ("forward", "backward", "inference", "inference_backward", "moments"):
+            if hasattr(module, name):
+                functions[name] = watched(getattr(module, name))
+        return SimpleNamespace(**{**vars(module), **functions})
+
+    def watched(function):
+        def call(*arguments, **keywords):
+            received.extend([*arguments, *keywords.values()])
+            return function(*arguments, **keywords)
+
+        return call
+
+    active = backend._replace(
+        **{name: spy(getattr(backend, name)) for name in backend._fields if name != "name"}
+    )
+    monkeypatch.setattr(_backend, "active", active)
+    for dtype in (np.float16, np.float32, np.float64):
+        x, dy = (in_layout(normal(seed, (6, 5, 4), dtype), "unaligned") for seed in (1, 2))
+        gamma, beta, var = (in_layout(normal(seed, 5) ** 2, "unaligned") for seed in (3, 4, 5))
+        weights = in_layout(normal(6, (6, 1, 4)) ** 2, "unaligned")
+        for fused in ({}, {"sample_weight": weights}, {"residual": dy, "activation": "relu"}):
+            _, saved = bncore.batch_norm(x, gamma, beta, out=np.empty_like(x), **fused)
+            bncore.batch_norm_backward(dy, saved, out=in_layout(dy, "unaligned"))
+        bncore.batch_norm_inference(x, beta, var, gamma, beta)
+        bncore.batch_norm_inference_backward(dy, x, beta, var, gamma, beta)
+        bncore.moments(x, sample_weight=weights)
+        sums = bncore.backward_reduce(dy, x, beta, var)
+        bncore.backward_apply(dy, x, beta, var, gamma, *sums, 24)
+    arrays = [part for part in received if isinstance(part, np.ndarray)]
+    assert len(arrays) > 100
+    assert all(array.flags.aligned for array in arrays)

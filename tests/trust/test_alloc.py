@@ -231,30 +231,69 @@ def fails_at(number, what, subject):
     return False
 
 
+untraced = pytest.mark.skipif(
+    sys.gettrace() is not None, reason="a tracer's allocations would fail as well"
+)
+
 PLAIN = ("forward", "backward", "inference", "layer", "layer, backward", "layer, evaluation")
 """Calls that stay in bncore's own code: elsewhere NumPy itself does not survive this."""
 
 
+@untraced
 @pytest.mark.parametrize("what", PLAIN)
 def test_python_allocations(backend, what):
     """Objects and the kernels' scratch. State holds; ``out`` may have been written by then."""
     if backend.name == "numpy":
         pytest.skip("NumPy's own code is what would be tested")
-    call = CALLS[what]
     for number in range(ENOUGH):
         subject = Subject("contiguous")
         before = subject.state()
-        try:
-            _testcapi.set_nomemory(number, number + 1)
-            try:
-                call(subject)
-            finally:
-                _testcapi.remove_mem_hooks()
-        except MemoryError:
-            assert subject.state() == before, f"allocation {number}"
-        else:
+        if not object_fails_at(number, what, subject):
             break
+        assert subject.state() == before, f"allocation {number}"
     assert 0 < number < ENOUGH - 1
+
+
+def object_fails_at(number, what, subject):
+    """Whether a call ends in MemoryError when an allocation of Python's fails."""
+    call = CALLS[what]
+    try:
+        _testcapi.set_nomemory(number, number + 1)
+        try:
+            call(subject)
+        finally:
+            _testcapi.remove_mem_hooks()
+    except MemoryError:
+        return True
+    return False
+
+
+ROUNDS = 40
+
+
+@untraced
+@pytest.mark.parametrize("what", PLAIN)
+def test_failures_leak_no_object(backend, what):
+    """An object lost in one place only would be lost once a round."""
+    if backend.name == "numpy":
+        pytest.skip("NumPy's own code is what would be tested")
+    subject = Subject("contiguous")
+
+    def fail_everywhere():
+        number = 0
+        while object_fails_at(number, what, subject):
+            number += 1
+
+    def growth():
+        gc.collect()
+        before = sys.getallocatedblocks()
+        for _ in range(ROUNDS):
+            fail_everywhere()
+        gc.collect()
+        return sys.getallocatedblocks() - before
+
+    # The interpreter's own caches grow at first.
+    assert any(growth() < ROUNDS // 2 for _ in range(6))
 
 
 def test_the_count_of_references_stays(backend):
