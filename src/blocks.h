@@ -214,8 +214,8 @@ inline void normalize_with(const Work& work, const CoefficientTable<T>& table,
 
 /* y of one cell where every position counts. */
 template <class T, class Work>
-inline void normalize_work(const Work& work, const ForwardInput<T>& input, View<T> y,
-                           const NormalizeParameters& p, bool stream) {
+BNCORE_OWN_FRAME void normalize_work(const Work& work, const ForwardInput<T>& input, View<T> y,
+                                     const NormalizeParameters& p, bool stream) {
   typedef EveryPosition Every;
   CoefficientTable<T> table(work.grid, start_of(work.grid, y, work.group, work.block));
   const int activation = input.epilogue.activation;
@@ -238,8 +238,8 @@ inline void normalize_work(const Work& work, const ForwardInput<T>& input, View<
 
 /* y of one cell with weights. */
 template <class T>
-inline void normalize_weighted(const JustWrite<T>& work, const ForwardInput<T>& input, View<T> y,
-                               const NormalizeParameters& p, bool stream) {
+BNCORE_OWN_FRAME void normalize_weighted(const JustWrite<T>& work, const ForwardInput<T>& input,
+                                         View<T> y, const NormalizeParameters& p, bool stream) {
   CoefficientTable<T> table(work.grid, start_of(work.grid, y, work.group, work.block));
   fill_normalize<T>(work.grid, p, work.group, true, &table);
   input.weights.visit_some([&](auto weights) {
@@ -319,8 +319,9 @@ constexpr ptrdiff_t kGatesAtOnce = 64;
 
 /* The gates of a part of the channels as intervals of x. */
 template <class T>
-inline void find_gates(const BackwardInput<T>& input, const GradientParameters& p,
-                       ptrdiff_t channels, ptrdiff_t part, double* gate_low, double* gate_high) {
+BNCORE_OWN_FRAME void find_gates(const BackwardInput<T>& input, const GradientParameters& p,
+                                 ptrdiff_t channels, ptrdiff_t part, double* gate_low,
+                                 double* gate_high) {
   typedef typename Element<T>::Real Real;
   const Gate<T> gate(input.epilogue);
   Grid parts = {};
@@ -363,9 +364,9 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
 
 /* dz of one cell. */
 template <class T>
-inline void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> dz,
-                       const GradientParameters& p, bool stream, ptrdiff_t group,
-                       ptrdiff_t block, Seams<T>* seams) {
+BNCORE_OWN_FRAME void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> dz,
+                                 const GradientParameters& p, bool stream, ptrdiff_t group,
+                                 ptrdiff_t block, Seams<T>* seams) {
   CoefficientTable<T> table(grid, start_of(grid, dz, group, block));
   const JustWrite<T> work = {grid, group, block, seams};
   const auto write = [&](const auto& from) {
@@ -384,8 +385,9 @@ inline void gate_block(const Grid& grid, const BackwardInput<T>& input, View<T> 
 
 /* dx of one cell. */
 template <class T, class Work, class From, class Positions>
-inline void gradient_work(const Work& work, const From& from, Positions weights, View<const T> x,
-                          View<T> dx, const GradientParameters& p, bool stream) {
+BNCORE_OWN_FRAME void gradient_work(const Work& work, const From& from, Positions weights,
+                                    View<const T> x, View<T> dx, const GradientParameters& p,
+                                    bool stream) {
   constexpr bool gated = kHasInterval<From>;
   constexpr bool with_unit = Positions::kAny;
   CoefficientTable<T> table(work.grid, start_of(work.grid, dx, work.group, work.block));
@@ -442,9 +444,9 @@ inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& inp
 
 /* dx = gamma inv_std dz of one cell: the statistics were constants. */
 template <class T>
-inline void fixed_gradient_block(const Grid& grid, const BackwardInput<T>& input, View<T> dx,
-                                 const GradientParameters& p, bool stream, ptrdiff_t group,
-                                 ptrdiff_t block, Seams<T>* seams) {
+BNCORE_OWN_FRAME void fixed_gradient_block(const Grid& grid, const BackwardInput<T>& input,
+                                           View<T> dx, const GradientParameters& p, bool stream,
+                                           ptrdiff_t group, ptrdiff_t block, Seams<T>* seams) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table(grid, start_of(grid, dx, group, block));
   fill_line(grid, last - first, [&](ptrdiff_t c) {

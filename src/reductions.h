@@ -252,8 +252,8 @@ inline void fold_line(const Grid& grid, ptrdiff_t first, ptrdiff_t last, ptrdiff
 
 /* Columns of one cell, into sums[first..last). */
 template <class T, class Terms>
-inline void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrdiff_t last,
-                        ptrdiff_t block, SumTable sums) {
+BNCORE_OWN_FRAME void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_t first,
+                                  ptrdiff_t last, ptrdiff_t block, SumTable sums) {
   constexpr ptrdiff_t chain = kChunk<T> / 8; // rows summed before a fold
   constexpr ptrdiff_t rows_spread = sizeof(typename Terms::Positions::Value) == 1 ? 16 : 4;
   Spread<typename Terms::Positions, rows_spread, kSumLine> spread;

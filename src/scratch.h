@@ -23,7 +23,7 @@ class Scratch {
   }
 
  private:
-  static constexpr std::size_t kFew = 1024;
+  static constexpr std::size_t kFew = 512;
   double* heap_ = nullptr;
   double few_[kFew];
 };
