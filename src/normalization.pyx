@@ -27,7 +27,7 @@ from blocks cimport (
     map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
 )
 from running cimport movable, move_running
-from traffic cimport is_resident, is_streamed, keeps_rows
+from traffic cimport is_resident, is_streamed, is_streamed_once, keeps_rows
 
 cnp.import_array()
 
@@ -208,7 +208,7 @@ cdef void normalize_fixed(
     int num_threads,
 ) noexcept nogil:
     """y = activation(gamma (x - mean) inv_std + beta + residual), the statistics given"""
-    cdef bint stream = is_streamed(grid, sizeof(element))
+    cdef bint stream = is_streamed_once(grid, sizeof(element))
     cdef Tickets tickets
     tickets.hand_out_cells(grid, num_threads, False)
     if num_threads == 1 or grid.groups * grid.blocks == 1: # without OpenMP's microsecond
