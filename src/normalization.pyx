@@ -4,10 +4,11 @@
 """y from x: by the batch's own statistics, or by given ones.
 
 Batch norm moves memory, so the training pass is arranged by where the data is.  Where a group of
-channels fits in a core's cache, one thread sums it and normalizes it at once, so that memory is
-read once and written once; and while it normalizes one channel it sums the next, so that memory
-is read and written at the same time.  Where it does not fit, all threads sum, then all normalize.
-Both ways walk one grid with the same arithmetic and give the same bits.
+channels fits in a cache, one thread sums it and normalizes it at once, so that memory is read once
+and written once; and while it normalizes one group it sums the next, whose rows it keeps, so that
+memory is read and written at the same time.  Where it does not fit, and where channels lie side by
+side, all threads sum, then all normalize.  Both ways walk one grid with the same arithmetic and
+give the same bits.
 """
 
 cimport numpy as cnp
@@ -27,7 +28,7 @@ from blocks cimport (
     map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
 )
 from running cimport movable, move_running
-from traffic cimport is_resident, is_streamed, is_streamed_once, keeps_rows
+from traffic cimport is_resident, is_streamed, keeps_rows
 
 cnp.import_array()
 
@@ -208,7 +209,7 @@ cdef void normalize_fixed(
     int num_threads,
 ) noexcept nogil:
     """y = activation(gamma (x - mean) inv_std + beta + residual), the statistics given"""
-    cdef bint stream = is_streamed_once(grid, sizeof(element))
+    cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
     tickets.hand_out_cells(grid, num_threads, False)
     if num_threads == 1 or grid.groups * grid.blocks == 1: # without OpenMP's microsecond

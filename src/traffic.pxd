@@ -9,10 +9,8 @@ cdef enum:
     KEPT_BYTES = 2 << 20
     RESIDENT_BYTES = 12 << 20
     LONG_RUN = 2048 # elements
-    # Beyond this a result is not read back from any cache, and storing past it saves a read; in
-    # inference, which reads x once, x and y then are more than the cache that cores share.
+    # Beyond this a result is not read back from any cache, and storing past it saves a read.
     STREAMED_BYTES = 4 << 20
-    STREAMED_ONCE_BYTES = 16 << 20
 
 
 cdef inline bint is_resident(
@@ -45,10 +43,3 @@ cdef inline bint keeps_rows(
 cdef inline bint is_streamed(const Grid& grid, ptrdiff_t bytes_per_element) noexcept nogil:
     """Whether a result of this size should go past the caches."""
     return grid.outer * grid.channels * grid.inner * bytes_per_element > STREAMED_BYTES
-
-
-cdef inline bint is_streamed_once(
-    const Grid& grid, ptrdiff_t bytes_per_element
-) noexcept nogil:
-    """The same in a pass that reads what it writes from once."""
-    return grid.outer * grid.channels * grid.inner * bytes_per_element > STREAMED_ONCE_BYTES
