@@ -1,0 +1,87 @@
+"""Tensors that are stored past the caches: each way through them, from any place in a cache line.
+
+Results are compared with the NumPy reference's, and with one another, to the bit, from whatever place
+arrays begin and whatever they are written over.
+"""
+
+import numpy as np
+import pytest
+from arrays import bits, normal
+
+import bncore
+from bncore import _backend
+
+MEGABYTE = 1 << 20
+STREAMED = 4 * MEGABYTE
+
+# Rows that are kept, in groups of one channel and of several; rows too many to keep; columns of one
+# group and of several; small planes.
+SHAPES = [
+    ((9, 40, 55, 55), 1), ((30, 61, 25, 25), 1), ((60, 4, 97, 97), 1), ((300, 70, 61), -1),
+    ((700, 1700), -1), ((33, 701, 7, 7), 1),
+]  # fmt: skip
+PLACES = [0, 1, 7]
+"""Elements before a result, from a line's beginning on."""
+
+EXTRAS = [
+    {}, {"activation": "relu"}, {"activation": ("leaky_relu", 0.3)}, {"residual": True},
+    {"activation": "relu", "residual": True}, {"activation": ("clip", 0, 1), "residual": True},
+]  # fmt: skip
+
+
+def placed(values, place):
+    """A copy of the values that begins so many elements after a cache line does."""
+    memory = np.empty(values.size + place + 64, values.dtype)
+    start = -memory.ctypes.data % 64 // values.itemsize + place
+    copy = memory[start : start + values.size].reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+def step(x, dy, gamma, beta, axis, extras, place):
+    """y, the statistics and all gradients."""
+    if extras.get("residual"):
+        extras = extras | {"residual": normal(3, x.shape, x.dtype)}
+    out, dx = placed(np.zeros_like(x), place), placed(np.zeros_like(x), place)
+    y, saved = bncore.batch_norm(x, gamma, beta, axis=axis, out=out, **extras)
+    g = bncore.batch_norm_backward(dy, saved, out=dx)
+    return y, saved.mean, saved.var, *g
+
+
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_as_the_reference(backend, shape, axis, extras):
+    if backend.name == "numpy":
+        pytest.skip("it is the reference")
+    x, dy = normal(1, shape, np.float32) + 3, normal(2, shape, np.float32)
+    assert x.nbytes > STREAMED
+    gamma, beta = normal(4, shape[axis]), normal(5, shape[axis])
+    got = step(placed(x, 4), placed(dy, 4), gamma, beta, axis, extras, 4)
+    with _backend.use("numpy"):
+        expected = step(x, dy, gamma, beta, axis, extras, 0)
+    for mine, its in zip(got, expected, strict=True):
+        if its is not None:
+            np.testing.assert_allclose(mine, its, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_places_and_overwriting_change_no_bit(backend, shape, axis, dtype):
+    if backend.name == "numpy":
+        pytest.skip("NumPy has one way")
+    x, dy = normal(1, shape, dtype), normal(2, shape, dtype)
+    gamma, beta = normal(4, shape[axis]), normal(5, shape[axis])
+    expected = bits(*step(x, dy, gamma, beta, axis, {"activation": "relu"}, 0))
+    for place in PLACES:
+        at = placed(x, place), placed(dy, place)
+        assert bits(*step(*at, gamma, beta, axis, {"activation": "relu"}, place)) == expected
+    over = placed(x, 5)
+    y, saved = bncore.batch_norm(over, gamma, beta, axis=axis, activation="relu", out=over)
+    assert bits(y) == expected[:1]
+    y, saved = bncore.batch_norm(x, gamma, beta, axis=axis, activation="relu")
+    over = placed(dy, 3)
+    assert bits(bncore.batch_norm_backward(over, saved, out=over).dx) == expected[3:4]
+    fixed = bncore.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, axis=axis)
+    over = placed(x, 6)
+    given = saved.mean, saved.var, gamma, beta
+    assert bits(bncore.batch_norm_inference(over, *given, axis=axis, out=over)) == bits(fixed)
