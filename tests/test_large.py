@@ -6,10 +6,11 @@ arrays begin and whatever they are written over.
 
 import numpy as np
 import pytest
-from arrays import bits, normal
 
 import bncore
 from bncore import _backend
+
+from .arrays import bits, normal
 
 MEGABYTE = 1 << 20
 STREAMED = 4 * MEGABYTE
