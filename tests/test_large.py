@@ -1,7 +1,7 @@
 """Tensors that are stored past the caches: each way through them, from any place in a cache line.
 
-Results are compared with the NumPy reference's, and with one another, to the bit, from whatever place
-arrays begin and whatever they are written over.
+Results are compared with the NumPy reference's, and with one another, to the bit, from whatever
+place arrays begin and whatever they are written over.
 """
 
 import numpy as np
