@@ -15,10 +15,12 @@ grep -q '"-O3", "-g0", ' setup.py  # else the next line would do nothing
 optimize=$(printf '"%s", ' ${OPTIMIZE:--O1 -g1})
 sed -i "s/\"-O3\", \"-g0\", /$optimize/; s/force=self.force,/force=self.force, emit_linenums=True,/" setup.py
 if [ -n "${PLANT_RACE:-}" ]; then
-  sed -i 's/std::atomic<ptrdiff_t> taken{0};/ptrdiff_t taken = 0;/
-    s/taken.fetch_add(tickets->batch, std::memory_order_relaxed)/taken; tickets->taken = next + tickets->batch/' \
+  load='ptrdiff_t load(std::memory_order) { return value; }'
+  exchange='bool compare_exchange_weak(ptrdiff_t\& old, ptrdiff_t next, std::memory_order) {'
+  exchange="$exchange if (value != old) { old = value; return false; } value = next; return true; }"
+  sed -i "s/std::atomic<ptrdiff_t> taken{0};/struct { ptrdiff_t value = 0; $load $exchange } taken;/" \
     src/*.h
-  grep -q "ptrdiff_t taken = 0;" src/*.h
+  grep -q "ptrdiff_t value = 0;" src/*.h
 fi
 # clang before 16 does not know the names of levels.
 case ${CC:-} in clang*) sed -i 's/__builtin_cpu_supports("x86-64-v[234]")/1/' src/runtime.h ;; esac

@@ -37,6 +37,7 @@ scripts/build_copy.sh "$work/copy" "$tier"
 rm -r "$work/copy"
 run python scripts/mutants.py --tier "$tier" --jobs 2 --sample 6
 TIER=$tier run scripts/sanitize.sh tests/test_layouts.py tests/trust/test_exact.py \
-  tests/trust/test_fuzz.py tests/trust/test_alias.py
+  tests/trust/test_fuzz.py tests/trust/test_alias.py \
+  tests/test_large.py::test_places_and_overwriting_change_no_bit
 if have valgrind; then run scripts/valgrind.sh; fi
 if shared_python && have clang libomp-dev; then run scripts/tsan.sh; fi
