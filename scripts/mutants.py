@@ -169,6 +169,8 @@ class Worker:
             return "a hang"
         if done.returncode == 0:
             return None
+        if done.returncode in (4, 5):  # pytest did not understand, or found nothing
+            raise RuntimeError(f"pytest {' '.join(tests)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
         return failed[1] if failed else f"exit code {done.returncode}"
 
@@ -193,7 +195,8 @@ def load():
 
 def chosen(mutants, options):
     """Those that the options ask for."""
-    mutants = [mutant for mutant in mutants if options.only in mutant["name"]]
+    if options.only:
+        mutants = [m for m in mutants if any(part in m["name"] for part in options.only)]
     if options.python or options.kernels:
         mutants = [m for m in mutants if m["file"].startswith("src/") == options.kernels]
     if options.sample and options.sample < len(mutants):
@@ -237,7 +240,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tier", default="x86-64-v3")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
-    parser.add_argument("--only", default="", help="mutants with this in their name")
+    parser.add_argument(
+        "--only", action="append", help="mutants with this in their name; may be given again"
+    )
     parser.add_argument("--sample", type=int, help="so many of them, evenly over the list")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--python", action="store_true", help="leave the kernels' mutants out")
