@@ -170,7 +170,9 @@ class Worker:
         if done.returncode == 0:
             return None
         if done.returncode in (4, 5):  # pytest did not understand, or found nothing
-            raise RuntimeError(f"pytest {' '.join(tests)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+            raise RuntimeError(
+                f"pytest {' '.join(tests)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            )
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
         return failed[1] if failed else f"exit code {done.returncode}"
 
