@@ -21,13 +21,14 @@ import numpy as np
 from bncore import _backend, _check, _layout
 from bncore._weights import Weights, weights_of
 from bncore.functional import (
-    Saved,
     _fill,
     _fixed_statistics,
     _gradient_like,
     _parameter,
     _Target,
     _threads,
+    saved_parameters,
+    saved_x,
 )
 from bncore.reference import NO_ACTIVATION
 
@@ -616,14 +617,11 @@ class _Point:
 
 def _arguments_of(saved):
     """What `batch_norm` was given and found."""
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
-    if saved.x is None:
-        raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
-    extras = saved.extras
+    x, extras = saved_x(saved), saved.extras
+    gamma, beta = saved_parameters(saved)
     count = saved.values if extras.weights is None else extras.weights.total
     return _Given(
-        saved.x, saved.axes, saved.stats, saved.gamma, saved.beta, None, extras.had_residual,
+        x, saved.axes, saved.stats, gamma, beta, None, extras.had_residual,
         extras.bits, extras.activation, count, extras.weights,
     )  # fmt: skip
 

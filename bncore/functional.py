@@ -99,7 +99,7 @@ class Saved:
         What else the forward pass was given.
     record : tuple
         All of these but x as the kernels write and read them: gamma, beta, axes, eps, values,
-        stats, the shape of gamma, extras.
+        stats, the shapes of gamma and x, extras.
 
     Notes
     -----
@@ -135,7 +135,7 @@ class Saved:
 
     @property
     def extras(self):
-        return Extras(*self.record[7:])
+        return Extras(*self.record[8:])
 
     @property
     def mean(self):
@@ -300,10 +300,36 @@ def batch_norm(
     values = float(layout.shape[0] * layout.shape[2]) if weights is None else weights.given_total
     saved.x = None if out is not None and _check.coincide(out, x) else x
     saved.record = (
-        gamma, beta, axes, eps, values, stats, shape, activation, residual is not None, bits,
-        weights,
+        gamma, beta, axes, eps, values, stats, shape, x.shape, activation, residual is not None,
+        bits, weights,
     )  # fmt: skip
     return target.finish(), saved
+
+
+def saved_x(saved):
+    """The x of a `Saved`, as it was but for its values; what else was kept fits its shape alone."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
+    x = getattr(saved, "x", None)
+    if x is None:
+        raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
+    _still("x", x, saved.record[7])
+    return x
+
+
+def saved_parameters(saved):
+    """The gamma and beta of a `Saved`, either of them None where there was none."""
+    shape = saved.record[6]
+    return _still("gamma", saved.gamma, shape), _still("beta", saved.beta, shape)
+
+
+def _still(name, array, shape):
+    """An array that was kept and still has its shape."""
+    if array is not None and array.shape != shape:
+        raise ValueError(
+            f"saved's {name} must keep its shape {shape} until the backward pass, got {array.shape}"
+        )
+    return array
 
 
 def batch_norm_backward(dy, saved, *, wrt=None, out=None):
@@ -363,15 +389,12 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
     >>> bncore.batch_norm_backward(dy, saved, out=dy).dx is dy
     True
     """
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
-    if saved.x is None:
-        raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
+    x = saved_x(saved)
     wanted = GRADIENTS if wrt is None else _check.wanted(wrt, GRADIENTS, GRADIENTS, out)
     if "x" in wanted:
-        had_residual = saved.record[8]
+        had_residual = saved.record[9]
         plain = _backend.active.gradient.backward_plain(
-            dy, saved.x, saved.record, had_residual and "residual" in wanted, out,
+            dy, x, saved.record, had_residual and "residual" in wanted, out,
             get_num_threads(),
         )  # fmt: skip
         if plain is not None:
@@ -383,9 +406,9 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
                 dresidual,
             )  # fmt: skip
 
-    overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, saved.x)
+    overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, x)
     extras = saved.extras
-    x, gamma, beta = saved.x, saved.gamma, saved.beta
+    gamma, beta = saved_parameters(saved)
     dy = _check.same_shape(dy, "dy", x)
     _check.output(
         out, x, in_place={"dy": dy, "x": x},

@@ -182,10 +182,10 @@ template <class T> struct ForwardInput {
   uint8_t* bits; // null: none are kept
   T* keep;       // where a group's rows are kept from the sums on, see Kept; null: nowhere
 
-  Purpose to_sum() const { return {weights.any(), bits != nullptr, false}; }
+  Purpose to_sum() const { return {weights.any(), bits != nullptr, false, 1}; }
   Purpose to_map(ptrdiff_t channels, View<T> y) const {
     return {weights.any(), bits != nullptr,
-            is_gapless(channels, x) && is_gapless(channels, residual) && is_gapless(channels, y)};
+            is_gapless(channels, x) && is_gapless(channels, residual) && is_gapless(channels, y), 0};
   }
   /* What is read of a group once it has been summed. */
   ForwardInput again(const Grid& grid, ptrdiff_t group) const {
@@ -286,11 +286,11 @@ template <class T> struct BackwardInput {
   const uint8_t* bits; // null: none were kept
   T* keep;             // as in ForwardInput: dy, then x
 
-  Purpose to_sum() const { return {weights.any(), bits != nullptr, false}; }
+  Purpose to_sum() const { return {weights.any(), bits != nullptr, false, 2}; }
   Purpose to_map(ptrdiff_t channels, const BackwardOutput<T>& output) const {
     return {weights.any(), bits != nullptr,
             is_gapless(channels, dy) && is_gapless(channels, x) && is_gapless(channels, residual) &&
-                is_gapless(channels, output.dx) && is_gapless(channels, output.dz)};
+                is_gapless(channels, output.dx) && is_gapless(channels, output.dz), 0};
   }
   Kept<T> kept_dy(const Grid& grid, ptrdiff_t group) const {
     return Kept<T>::of(grid, keep, group);

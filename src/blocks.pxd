@@ -19,6 +19,7 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         bint pairs(ptrdiff_t group, ptrdiff_t next)
     struct Purpose:
         bint weighted, packed, gapless
+        int arrays
     Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                   Purpose)
     Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,

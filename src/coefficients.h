@@ -55,7 +55,7 @@ template <class T> struct CoefficientTable {
 /* The gates alone, of a group that is summed. */
 template <class T> struct GateTable {
   typedef typename Element<T>::Real Real;
-  alignas(64) Real rows[2][kSumLine + kPad];
+  alignas(64) Real rows[2][kLongSumLine + kPad];
 
   Real* row(int which) { return rows[which - kGateLow]; }
   const Real* row(int which) const { return rows[which - kGateLow]; }

@@ -653,7 +653,7 @@ def backward_plain(dy, x, tuple record not None, bint with_dz, out, int num_thre
     tuple or None
         dx, dgamma, dbeta, dz if that is asked for, else None, and whether dx has overwritten x.
     """
-    gamma, beta, axes, _, _, stats, _, activation, _, bits, weights = record
+    gamma, beta, axes, _, _, stats, _, _, activation, _, bits, weights = record
     cdef Shape shape
     if not (
         weights is None

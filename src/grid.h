@@ -21,6 +21,7 @@ namespace bncore {
 
 constexpr ptrdiff_t kMaxLine = 1024;     // places on a line of columns, half for float64
 constexpr ptrdiff_t kSumLine = 512;      // the same where they are summed
+constexpr ptrdiff_t kLongSumLine = 1024; // and where two arrays are, from memory
 constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels in a group of rows
 constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
 constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
@@ -45,6 +46,7 @@ struct Grid {
   ptrdiff_t segment, segments, positions; // elements of a row taken at once; N * segments
   ptrdiff_t blocks;                       // parts of the positions
   ptrdiff_t tile;                         // lines taken at once
+  ptrdiff_t strip;                        // such lines that are summed side by side
   ptrdiff_t step;                         // blocks begin at multiples of so many positions
   bool columns, weighted;
 
@@ -81,6 +83,7 @@ struct Purpose {
   bool weighted; // positions have weights
   bool packed;   // gates are kept as bits: a cell's begin with a byte
   bool gapless;  // lines of columns follow one another without gaps, in all arrays
+  int arrays;    // that are summed
 };
 
 /* Whether planes are so small, and so many to a channel, that columns serve them better. */
@@ -114,19 +117,36 @@ inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
 /* Bytes in a cell: less than `most` where there would be few of them. */
 inline ptrdiff_t cell_of(ptrdiff_t bytes, ptrdiff_t most) { return clamp(bytes / 4, 1 << 17, most); }
 
+/* How lines of columns are summed: lines side by side spare the accumulators in memory, but each is
+ * a stream of its own, and of those that come from memory a core follows few. */
+struct Strips {
+  ptrdiff_t line, lines; // places at most, and how many side by side
+
+  static Strips of(ptrdiff_t places, ptrdiff_t itemsize, ptrdiff_t bytes, Purpose purpose) {
+    constexpr ptrdiff_t cached = 48 << 20, run = 2048;
+    if (purpose.arrays == 1) return {kSumLine, 8};
+    if (purpose.weighted || itemsize == 8 || 2 * bytes <= cached) return {kSumLine, 4};
+    const ptrdiff_t line = places < kLongSumLine ? places : kLongSumLine;
+    return {kLongSumLine, clamp(run / (line * itemsize), 1, 4)};
+  }
+};
+
 /* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
  * columns a line as long as the accumulators' cache bears. */
 inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                      Purpose purpose) {
   constexpr ptrdiff_t page = 4096, max_blocks = 64;
-  const ptrdiff_t cell = cell_of(outer * channels * inner * itemsize, 256 * 1024);
+  const ptrdiff_t bytes = outer * channels * inner * itemsize;
+  const ptrdiff_t cell = cell_of(bytes, 256 * 1024);
+  const Strips strips = Strips::of(channels * inner, itemsize, bytes, purpose);
   Grid grid = uncut(outer, channels, inner, purpose);
+  grid.strip = strips.lines;
   if (!grid.columns) {
     grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
   } else if (inner > 1) {
-    grid.width = planes_in(kSumLine, inner);
+    grid.width = planes_in(strips.line, inner);
   } else {
-    grid.width = kSumLine;
+    grid.width = strips.line;
     if (channels < kPacked / 2)
       grid.tile = tile_of(clamp(kSumLine / 2 / channels, 1, outer), channels, purpose);
   }

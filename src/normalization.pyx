@@ -371,7 +371,7 @@ def forward_plain(
     cdef bint in_place = cnp.PyArray_DATA(y) == cnp.PyArray_DATA(<cnp.ndarray> x)
     # Whatever can fail comes before the kernel, which may write over x.
     result = y, None if in_place else x, (
-        gamma, beta, (shape.axis,), eps, values, stats, (shape.channels,), activation,
+        gamma, beta, (shape.axis,), eps, values, stats, (shape.channels,), x.shape, activation,
         residual is not None, bits, None,
     )
     cdef Scratch scratch

@@ -233,21 +233,30 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrd
   }
 }
 
-/* Add the places of a line, folded by channel, to sums[first..last): a tile's upper half onto its
- * lower half until one line is left. */
+/* Add `count` lines of so many places, the upper half onto the lower until at most `least` are left;
+ * how many these are. */
+inline ptrdiff_t fold(double* line, ptrdiff_t count, ptrdiff_t places, ptrdiff_t least) {
+  for (ptrdiff_t kept; count > least; count = kept) {
+    kept = (count + 1) / 2;
+    add_line(line + kept * places, (count - kept) * places, line);
+  }
+  return count;
+}
+
+/* Add the places of a line, folded by channel, to sums[first..last). For float64 what rounding the
+ * last few additions would take shows in y: they are twofold. */
+template <class T>
 inline void fold_line(const Grid& grid, ptrdiff_t first, ptrdiff_t last, ptrdiff_t tile,
                       double* line, double* sum, double* sum_lo) {
-  const ptrdiff_t channels = last - first, repeat = grid.inner, places = channels * repeat;
-  for (ptrdiff_t lines = tile, kept; lines > 1; lines = kept) {
-    kept = (lines + 1) / 2;
-    add_line(line + kept * places, (lines - kept) * places, line);
+  constexpr ptrdiff_t least = sizeof(T) == sizeof(double) ? 8 : 1;
+  const ptrdiff_t channels = last - first, repeat = grid.inner;
+  fold(line, tile, channels * repeat, 1);
+  if (repeat == 1) return two_sums(line, channels, sum + first, sum_lo + first);
+  for (ptrdiff_t c = 0; c < channels; ++c) {
+    double* places = line + c * repeat;
+    const ptrdiff_t left = fold(places, repeat, 1, least);
+    for (ptrdiff_t s = 0; s < left; ++s) two_sum(places[s], &sum[first + c], &sum_lo[first + c]);
   }
-  for (ptrdiff_t c = 0; repeat > 1 && c < channels; ++c) {
-    double total = 0;
-    for (ptrdiff_t s = 0; s < repeat; ++s) total += line[c * repeat + s];
-    line[c] = total;
-  }
-  two_sums(line, channels, sum + first, sum_lo + first);
 }
 
 /* Columns of one cell, into sums[first..last). */
@@ -257,7 +266,7 @@ BNCORE_OWN_FRAME void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_
   constexpr ptrdiff_t chain = kChunk<T> / 8; // rows summed before a fold
   constexpr ptrdiff_t rows_spread = sizeof(typename Terms::Positions::Value) == 1 ? 16 : 4;
   Spread<typename Terms::Positions, rows_spread, kSumLine> spread;
-  double constants[2][kSumLine + kPad], line[2][kSumLine + kPad];
+  double constants[2][kLongSumLine + kPad], line[2][kLongSumLine + kPad];
   terms.lines(grid, first, last, constants[0], constants[1]);
   const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
   ptrdiff_t n = grid.first_position(block);
@@ -273,10 +282,10 @@ BNCORE_OWN_FRAME void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_
       const ptrdiff_t at = n + i * tile;
       const auto weights = spread.lines(terms.weights, {at, rows, tile, channels, grid.inner});
       add_columns(terms.column(at, first, tile, constants[0], constants[1], weights), rows, places,
-                  line[0], line[1]);
+                  grid.strip, line[0], line[1]);
     }
-    fold_line(grid, first, last, tile, line[0], sums.first, sums.first_lo);
-    fold_line(grid, first, last, tile, line[1], sums.second, sums.second_lo);
+    fold_line<T>(grid, first, last, tile, line[0], sums.first, sums.first_lo);
+    fold_line<T>(grid, first, last, tile, line[1], sums.second, sums.second_lo);
     n += lines * tile;
   }
 }

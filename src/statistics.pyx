@@ -58,7 +58,7 @@ cdef int moments_as(
     cdef View[element] view = view_of(x, like)
     cdef Shape shape = shape_of(x)
     cdef Weights weights = weights_of(given_weights, shape)
-    cdef Purpose purpose = Purpose(weights.any(), False, False)
+    cdef Purpose purpose = Purpose(weights.any(), False, False, 1)
     cdef Grid grid = sum_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element), purpose
     )

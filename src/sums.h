@@ -169,7 +169,7 @@ struct Product {
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
-  static constexpr ptrdiff_t kArrays = 1, kAhead = kFetchAhead / sizeof(T);
+  static constexpr ptrdiff_t kAhead = kFetchAhead / sizeof(T);
   const T* x;
   ptrdiff_t x_stride;
   const double *shift, *unit;
@@ -189,7 +189,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
 };
 
 template <class T, class Source, class Weigh> struct ColumnGradientTerms {
-  static constexpr ptrdiff_t kArrays = 2, kAhead = kFetchAhead / (2 * sizeof(T));
+  static constexpr ptrdiff_t kAhead = kFetchAhead / (2 * sizeof(T));
   typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
@@ -271,13 +271,11 @@ inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff
                         second);
 }
 
-/* Add `rows` rows of `places` places to first[c] and second[c]. A few at a time are read side by
- * side and summed in registers before the accumulators in memory are touched: as many streams as
- * the hardware's prefetchers follow. */
+/* Add `rows` rows of `places` places to first[c] and second[c]. `strip` at a time are read side by
+ * side and summed in registers before the accumulators in memory are touched. */
 template <class Terms>
-inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, double* first,
-                        double* second) {
-  constexpr ptrdiff_t strip = 8 / Terms::kArrays;
+inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, ptrdiff_t strip,
+                        double* first, double* second) {
   const ptrdiff_t rows_ahead = (Terms::kAhead / places / strip + 1) * strip;
   for (ptrdiff_t row = 0; row < rows; row += strip)
     add_strips(terms, row, row + strip < rows ? strip : rows - row, places, rows_ahead, first,

@@ -224,6 +224,36 @@ class TestBackward:
             bncore.batch_norm_backward(arguments().dy, value)
 
     @pytest.mark.parametrize(
+        "derivative",
+        [
+            bncore.batch_norm_backward, bncore.batch_norm_jvp,
+            lambda dy, saved: bncore.batch_norm_double_backward(dy, dy, saved),
+        ],
+        ids=["backward", "jvp", "double_backward"],
+    )  # fmt: skip
+    @pytest.mark.parametrize(
+        "keywords", [{}, {"activation": "relu", "residual": True}, {"mask": True}]
+    )
+    def test_what_is_kept_keeps_its_shape(self, backend, derivative, keywords):
+        a = arguments()
+        keywords = {
+            name: {"residual": a.residual, "mask": np.ones((4, 1, 5), bool)}.get(name, value)
+            for name, value in keywords.items()
+        }
+        _, saved = bncore.batch_norm(a.x, a.gamma, a.beta, **keywords)
+        a.x.resize((4, 5, 3), refcheck=False)
+        with pytest.raises(ValueError, match=r"^saved's x must keep its shape \(4, 3, 5\)"):
+            derivative(np.ones_like(a.x), saved)
+        a.x.resize(SHAPE, refcheck=False)
+        a.beta.resize(1, refcheck=False)
+        with pytest.raises(ValueError, match=r"^saved's beta must keep its shape \(3,\)"):
+            derivative(a.dy, saved)
+
+    def test_nothing_saved(self, backend):
+        with pytest.raises(ValueError, match="^saved has no x"):
+            bncore.batch_norm_backward(arguments().dy, bncore.Saved())
+
+    @pytest.mark.parametrize(
         ("wrt", "error", "message"),
         [
             ("y", ValueError, "wrt must be of 'x', 'gamma', 'beta', 'residual', got 'y'"),

@@ -16,10 +16,10 @@ MEGABYTE = 1 << 20
 STREAMED = 4 * MEGABYTE
 
 # Rows that are kept, in groups of one channel and of several; rows too many to keep; columns of one
-# group and of several; small planes.
+# group and of several; small planes; columns beyond any cache.
 SHAPES = [
     ((9, 40, 55, 55), 1), ((30, 61, 25, 25), 1), ((60, 4, 97, 97), 1), ((300, 70, 61), -1),
-    ((700, 1700), -1), ((33, 701, 7, 7), 1),
+    ((700, 1700), -1), ((33, 701, 7, 7), 1), ((5800, 1100), -1),
 ]  # fmt: skip
 PLACES = [0, 1, 7]
 """Elements before a result, from a line's beginning on."""

@@ -162,3 +162,16 @@ def test_inverse_standard_deviation(backend, dtype, eps):
         var = high_precision(exact_moments(x[:, c])[1] / len(x))
         exact = 1 / mpmath.sqrt(var + high_precision(eps))
         assert abs(saved.inv_std[c] - exact) <= 1e-14 * exact
+
+
+def test_float64_of_small_planes(backend):
+    """Many places to a channel, side by side, and a gamma just below a power of two."""
+    x = np.random.default_rng(83).standard_normal((128, 64, 49)) + 4.0
+    gamma = 1.999
+    y, _ = bncore.batch_norm(x, np.full(64, gamma), eps=1e-10)
+    for c in (0, 28, 63):
+        mean, m2 = exact_moments(x[:, c].ravel())
+        scale = gamma / mpmath.sqrt(high_precision(m2 / x[:, c].size) + high_precision(1e-10))
+        for n, s in [(50, 16), np.unravel_index(x[:, c].argmax(), (128, 49)), (127, 48)]:
+            exact = scale * (high_precision(x[n, c, s]) - high_precision(mean))
+            assert ulps(y[n, c, s], exact, np.float64, at_least=gamma) <= 8
