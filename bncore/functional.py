@@ -22,6 +22,9 @@ from bncore.reference import NO_ACTIVATION, SLOPE
 GRADIENTS = ("x", "gamma", "beta", "residual")
 """What there are gradients of wherever nothing else is asked for."""
 
+_ALL_GRADIENTS = (*GRADIENTS, "mean", "var")
+"""The same with given statistics, where they are asked for."""
+
 _SERIAL_SIZE = 32768
 """Elements up to which starting a second thread costs more than it brings."""
 
@@ -571,6 +574,15 @@ def batch_norm_inference_backward(
     >>> g.dx.ravel(), g.dmean
     (array([0.5, 0.5, 0.5]), array([-1.5]))
     """
+    wanted = GRADIENTS if wrt is None else _check.wanted(wrt, _ALL_GRADIENTS, GRADIENTS, out)
+    if mask is None and residual is None:
+        plain = fixed_gradients_plain(
+            dy, x, mean, var, gamma, beta, axis, eps, activation, wanted, out
+        )
+        if plain is not None:
+            dx, dgamma, dbeta, _ = plain
+            return InferenceGradients(dx, dgamma, dbeta, None, None, None)
+
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
@@ -579,7 +591,6 @@ def batch_norm_inference_backward(
     activation = _check.activation(activation)
     residual = None if residual is None else _check.same_shape(residual, "residual", x)
     mask = _check.mask(mask, x, axes)
-    wanted = _check.wanted(wrt, (*GRADIENTS, "mean", "var"), GRADIENTS, out)
     _check.output(
         out, x, in_place={"dy": dy, "x": x, "residual": residual},
         read={"gamma": gamma, "beta": beta, "mean": mean, "var": var},
@@ -617,6 +628,29 @@ def batch_norm_inference_backward(
         _zeroed(_finished(target), hidden), gradients["gamma"], gradients["beta"], _finished(dz),
         gradients["mean"], gradients["var"],
     )  # fmt: skip
+
+
+def fixed_gradients_plain(dy, x, mean, var, gamma, beta, axis, eps, activation, wanted, out):
+    """`batch_norm_inference_backward` as one call of a kernel; None where that can't be.
+
+    Returns
+    -------
+    tuple or None
+        dx, dgamma, dbeta, and whether dx has overwritten x.
+    """
+    if wanted is not GRADIENTS and ("x" not in wanted or "mean" in wanted or "var" in wanted):
+        return None
+    wants_gamma = gamma is not None and "gamma" in wanted
+    wants_beta = beta is not None and "beta" in wanted
+    epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
+    plain = _backend.active.gradient.fixed_backward_plain(
+        dy, x, mean, var, gamma, beta, epilogue, axis, eps, wants_gamma or wants_beta, out,
+        get_num_threads(),
+    )  # fmt: skip
+    if plain is None:
+        return None
+    dx, dgamma, dbeta, in_place = plain
+    return dx, dgamma if wants_gamma else None, dbeta if wants_beta else None, in_place
 
 
 @np.errstate(all="ignore")

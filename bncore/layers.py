@@ -6,8 +6,6 @@ Each call checks and allocates first, then normalizes, then moves the running st
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from bncore import _backend, _check, policies
@@ -19,6 +17,7 @@ from bncore.functional import (
     batch_norm_backward,
     batch_norm_inference,
     batch_norm_inference_backward,
+    fixed_gradients_plain,
 )
 from bncore.reference import NO_ACTIVATION
 from bncore.state import Layer
@@ -144,8 +143,8 @@ class BatchNorm(Layer):
         >>> y.round(3).ravel(), layer.running_mean
         (array([0., 2., 0.]), array([2.], dtype=float32))
         """
-        if self.training and mask is None and sample_weight is None:
-            y = self._train_plain(x, residual, out)
+        if mask is None and sample_weight is None:
+            y = self._plain(x, residual, out)
             if y is not None:
                 return y
         x = self._checked(x)
@@ -190,25 +189,40 @@ class BatchNorm(Layer):
         """
         if self._forward is None:
             raise ValueError("backward needs a call of the layer before it")
-        wrt = _check.wanted(wrt, GRADIENTS, GRADIENTS, out)
-        if isinstance(self._forward, _Fixed):
-            g = self._fixed_backward(dy, self._forward, wrt, out)
+        wrt = None if wrt is None else _check.wanted(wrt, GRADIENTS, GRADIENTS, out)
+        if isinstance(self._forward, tuple):
+            gradients = self._fixed_backward(dy, self._forward, wrt, out)
         else:
-            g = batch_norm_backward(dy, self._forward, wrt=wrt, out=out)
-        self.grad_gamma, self.grad_beta, self.grad_residual = g.dgamma, g.dbeta, g.dresidual
-        return g.dx
+            gradients = batch_norm_backward(dy, self._forward, wrt=wrt, out=out)
+        dx, self.grad_gamma, self.grad_beta, self.grad_residual = gradients
+        return dx
 
-    def _train_plain(self, x, residual, out):
-        """The call in training as one call of a kernel, which moves the running statistics too.
-
-        None where the kernel declines it, or the policies are not the usual ones.
-        """
-        running = self._plain_running()
+    def _plain(self, x, residual, out):
+        """The call as one call of a kernel; None where the kernel or the policies decline it."""
+        self._check_policies()
         ranks = self._ranks
-        if running is None or (ranks is not None and getattr(x, "ndim", None) not in ranks):
+        if ranks is not None and getattr(x, "ndim", None) not in ranks:
             return None
         activation = self.activation
         epilogue = NO_ACTIVATION if activation is None else _check.activation(activation)
+        if self.training:
+            return self._train_plain(x, residual, epilogue, out)
+        if not self.track_running_stats:
+            return None
+        plain = _backend.active.normalization.evaluate_plain(
+            x, self.running_mean, self.running_var, self.gamma, self.beta, residual, epilogue,
+            self.axis, self.eps, out, self._channels, get_num_threads(),
+        )  # fmt: skip
+        if plain is None:
+            return None
+        y, self._forward = plain
+        return y
+
+    def _train_plain(self, x, residual, epilogue, out):
+        """`_plain` in training: the kernel moves the running statistics too."""
+        running = self._plain_running()
+        if running is None:
+            return None
         # Whatever can fail comes before the kernel, which moves the running statistics.
         saved, tracked = Saved(), self.num_batches_tracked + 1
         plain = _backend.active.normalization.forward_plain(
@@ -253,7 +267,7 @@ class BatchNorm(Layer):
             _check.sample_weight(sample_weight, x, axes, mask)
         if residual is not None:
             residual = _check.same_shape(residual, "residual", x)
-        forward = _Fixed(
+        record = (
             _unless_shared(x, out), _unless_shared(residual, out), residual is not None, mask,
             self.running_mean.copy(), self.running_var.copy(),
         )  # fmt: skip
@@ -261,28 +275,41 @@ class BatchNorm(Layer):
             x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
             eps=self.eps, activation=self.activation, residual=residual, mask=mask, out=out,
         )  # fmt: skip
-        self._forward = forward
+        self._forward = record
         return y
 
-    def _fixed_backward(self, dy, fixed, wrt, out):
-        """The gradients after `_normalize_fixed`."""
-        x, residual = fixed.x, fixed.residual
+    def _fixed_backward(self, dy, record, wrt, out):
+        """`Gradients` after a call by the running statistics, from the record it kept.
+
+        For a small batch the time to make an object counts: hence a tuple, of x and residual,
+        None where a result has overwritten them; whether there was a residual; the mask; and the
+        statistics as they were.
+        """
+        x, residual, had_residual, mask, mean, var = record
         if x is None:
             raise ValueError("backward has no x: an earlier pass overwrote it (out=x)")
-        if fixed.had_residual and residual is None:
+        if mask is None and not had_residual:
+            plain = fixed_gradients_plain(
+                dy, x, mean, var, self.gamma, self.beta, self.axis, self.eps, self.activation,
+                GRADIENTS if wrt is None else wrt, out,
+            )  # fmt: skip
+            if plain is not None:
+                dx, dgamma, dbeta, in_place = plain
+                if in_place:
+                    self._forward = (None, *record[1:])
+                return dx, dgamma, dbeta, None
+        if had_residual and residual is None:
             if self.activation is not None:
                 raise ValueError(
                     "backward has no residual: an earlier pass overwrote it (out=residual)"
                 )
             residual = dy  # any values will do: only an activation would look at them
         g = batch_norm_inference_backward(
-            dy, x, fixed.mean, fixed.var, self.gamma, self.beta, axis=self.axis, eps=self.eps,
-            activation=self.activation, residual=residual, mask=fixed.mask, wrt=wrt, out=out,
+            dy, x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps,
+            activation=self.activation, residual=residual, mask=mask, wrt=wrt, out=out,
         )  # fmt: skip
-        self._forward = fixed._replace(
-            x=_unless_shared(fixed.x, out), residual=_unless_shared(fixed.residual, out)
-        )
-        return g
+        self._forward = _unless_shared(x, out), _unless_shared(record[1], out), *record[2:]
+        return g[:4]
 
 
 class BatchNorm1d(BatchNorm):
@@ -322,17 +349,6 @@ class BatchNorm3d(BatchNorm):
     """
 
     _ranks = (5,)
-
-
-class _Fixed(NamedTuple):
-    """What a call by the running statistics keeps for `BatchNorm.backward`."""
-
-    x: np.ndarray | None
-    residual: np.ndarray | None
-    had_residual: bool
-    mask: np.ndarray | None
-    mean: np.ndarray
-    var: np.ndarray
 
 
 def _unless_shared(array, out):

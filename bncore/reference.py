@@ -281,7 +281,8 @@ def forward_plain(*arguments):
     return None
 
 
-normalize_plain = backward_plain = movable_plain = move_running_plain = forward_plain
+normalize_plain = evaluate_plain = backward_plain = fixed_backward_plain = forward_plain
+movable_plain = move_running_plain = forward_plain
 
 
 def _moments(x, weights):

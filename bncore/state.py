@@ -217,7 +217,6 @@ class Layer:
 
     def _plain_running(self):
         """What a kernel needs to move the running statistics itself; None where it may not."""
-        self._check_policies()
         tracked = self.num_batches_tracked
         if not (
             self.update

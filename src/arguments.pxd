@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """Arguments of the kernels: plain arrays recognized and read without a Python object in between.
 
 Plain means what needs no conversion: an exact ndarray, C-contiguous, aligned, in native byte
@@ -9,10 +9,11 @@ order, of float32 or float64.  Anything else is declined, never refused: the fun
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport int8_t, uint8_t
+from libc.string cimport memcpy
 
-from blocks cimport Epilogue, Scratch, View, Weights, element
+from blocks cimport Epilogue, NormalizeParameters, Scratch, View, Weights, element
 
 
 cdef struct Shape:
@@ -129,6 +130,28 @@ cdef inline bint plain_residual(object residual, cnp.ndarray x, object out) noex
     return residual is None or (plain_like(residual, x) and same_or_apart(out, residual))
 
 
+cdef inline bint plain_fixed(
+    object x, object mean, object var, object gamma, object beta, object axis, object eps,
+    object out, Shape* shape,
+) noexcept:
+    """Whether x has plain statistics and parameters given for it, and out takes a result."""
+    return (
+        plain_input(x, axis, shape)
+        and mean is not None
+        and var is not None
+        and plain_parameter(mean, shape.channels)
+        and plain_parameter(var, shape.channels)
+        and plain_parameter(gamma, shape.channels)
+        and plain_parameter(beta, shape.channels)
+        and plain_eps(eps)
+        and plain_output(out, <cnp.ndarray> x)
+        and apart(out, mean)
+        and apart(out, var)
+        and apart(out, gamma)
+        and apart(out, beta)
+    )
+
+
 cdef inline cnp.ndarray bits_for(const Shape& shape):
     """Room for a gate's bits, as `bncore._layout.gate_bytes` has it."""
     cdef ptrdiff_t rows = shape.outer, length = shape.channels
@@ -145,6 +168,13 @@ cdef inline cnp.ndarray fresh_like(cnp.ndarray x):
     )
 
 
+cdef inline cnp.ndarray copy_of(cnp.ndarray x):
+    """A copy of a plain array, which for a few channels takes NumPy itself far longer."""
+    cdef cnp.ndarray copy = fresh_like(x)
+    memcpy(cnp.PyArray_DATA(copy), cnp.PyArray_DATA(x), cnp.PyArray_NBYTES(x))
+    return copy
+
+
 cdef inline const double* as_doubles(object parameter, double* converted) noexcept:
     """A plain parameter's values: its own memory if float64, else converted; NULL for None."""
     if parameter is None:
@@ -157,6 +187,27 @@ cdef inline const double* as_doubles(object parameter, double* converted) noexce
     for i in range(cnp.PyArray_SIZE(array)):
         converted[i] = values[i]
     return converted
+
+
+cdef inline bint read_fixed(
+    object mean, object var, object gamma, object beta, double eps, ptrdiff_t channels,
+    double* converted,                      # (5, C), scratch
+    NormalizeParameters* parameters,
+) noexcept:
+    """Parameters that are `plain_fixed`, as a map takes them; False for a negative variance."""
+    cdef const double* variances = as_doubles(var, converted + channels)
+    cdef double* inv_std = converted + 4 * channels
+    cdef bint negative = False
+    cdef ptrdiff_t c
+    for c in range(channels):
+        negative |= variances[c] < 0
+        inv_std[c] = 1 / sqrt(variances[c] + eps)
+    parameters.mean = as_doubles(mean, converted)
+    parameters.mean_lo = NULL
+    parameters.inv_std = inv_std
+    parameters.gamma = as_doubles(gamma, converted + 2 * channels)
+    parameters.beta = as_doubles(beta, converted + 3 * channels)
+    return not negative
 
 
 cdef inline object gradient_like(object parameter):

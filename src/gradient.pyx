@@ -9,20 +9,22 @@ bits.  x' is never stored; the sums are taken of dy (x - mean) and scaled by inv
 """
 
 cimport numpy as cnp
+from cpython.float cimport PyFloat_AS_DOUBLE
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY
 
 from arguments cimport (
     FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of,
     equal_weights, fill_gradient, fresh_like, gradient_like, is_small, kind_of, no_epilogue,
-    plain_input, plain_like, plain_output, plain_parameter, plain_view, plain_view_or_none,
-    pointer, read_only, room, same_or_apart, shape_of, view_of, weights_of,
+    plain_fixed, plain_input, plain_like, plain_output, plain_parameter, plain_view,
+    plain_view_or_none, pointer, read_fixed, read_only, room, same_or_apart, shape_of, view_of,
+    weights_of,
 )
 from blocks cimport (
     GATES_AT_ONCE, BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid,
-    Half, Kept, KeptMemory, Scratch, Seams, Tickets, Turns, View, element, find_gates,
-    finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block, gradient_block,
-    join_team, map_grid, reduce_block, sum_grid,
+    Half, Kept, KeptMemory, NormalizeParameters, Scratch, Seams, Tickets, Turns, View, element,
+    find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
+    gradient_block, join_team, map_grid, reduce_block, sum_grid,
 )
 from traffic cimport is_resident, is_streamed, keeps_rows
 
@@ -177,6 +179,21 @@ cdef void reduce_group(
         reduce_block(grid, input, parameters, group, block, partial)
 
 
+cdef void reduce_small(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    double* partial,                        # (blocks, 4, C), scratch
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
+) noexcept nogil:
+    """`reduce_all` on one thread."""
+    cdef ptrdiff_t group
+    for group in range(grid.groups):
+        reduce_group(grid, input, parameters, group, partial)
+        finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+
+
 cdef void differentiate_groups(
     const Grid& grid,
     BackwardInput[element] input,           # dy, x, residual: (N, C, S)
@@ -269,16 +286,32 @@ cdef void differentiate_small(
     double* sum_dy_xhat,                    # (C,)
 ) noexcept nogil:
     """`differentiate` where all stays in a cache: one thread, and as few cells as may be."""
-    cdef ptrdiff_t group, cell
+    cdef ptrdiff_t cell
     cdef Seams[element] seams
-    for group in range(grid.groups):
-        reduce_group(grid, input, parameters, group, partial)
-        finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
+    reduce_small(grid, input, parameters, partial, sum_dy, sum_dy_xhat)
     for cell in range(cells.groups * cells.blocks):
         gradient_block(
             cells, input, output, parameters, False, cell % cells.groups, cell // cells.groups,
             &seams,
         )
+
+
+cdef void differentiate_fixed_small(
+    const Grid& grid,
+    const Grid& cells,                      # the same cut for dx
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    double* partial,                        # (blocks, 4, C), scratch; NULL: no sums are taken
+    View[element] dx,                       # (N, C, S); NULL: only the sums
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
+) noexcept nogil:
+    """`differentiate_fixed` where all stays in a cache: one thread, and as few cells as may be."""
+    cdef Tickets tickets
+    if partial != NULL:
+        reduce_small(grid, input, parameters, partial, sum_dy, sum_dy_xhat)
+    tickets.hand_out_cells(cells, 1, False)
+    fixed_cells(cells, input, parameters, False, NULL, dx, &tickets)
 
 
 cdef inline BackwardInput[element] plain_input_of(
@@ -480,6 +513,28 @@ def activation_backward(
         )
 
 
+cdef int fixed_with_scratch(
+    BackwardInput[element] input, Shape shape, GradientParameters parameters, View[element] dx,
+    double* sums, int num_threads,
+) except -1:
+    """`differentiate_fixed` with its scratch; sums is (2, C), or NULL where none are taken."""
+    cdef bint summing = sums != NULL
+    cdef Grid cells = cells_of(input, just(dx), shape)
+    cdef Grid grid = sums_of(input, shape) if summing else cells
+    cdef Scratch scratch
+    cdef double* sums_and_gates = sums_room(scratch, grid)
+    cdef double* partial = sums_and_gates if summing else NULL
+    cdef double* sum_dy_xhat = sums + shape.channels if summing else NULL
+    if is_small(shape):
+        prepare_gates(grid, input, sums_and_gates, &parameters, 1)
+        differentiate_fixed_small(grid, cells, input, parameters, partial, dx, sums, sum_dy_xhat)
+        return 0
+    with nogil:
+        prepare_gates(grid, input, sums_and_gates, &parameters, num_threads)
+        differentiate_fixed(grid, input, parameters, partial, dx, sums, sum_dy_xhat, num_threads)
+    return 0
+
+
 cdef int fixed_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters, activation,
     cnp.ndarray dx, double[:, ::1] sums, int num_threads,
@@ -487,20 +542,8 @@ cdef int fixed_as(
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
     input.epilogue = epilogue_of(activation)
-    cdef bint summing = sums is not None
-    cdef View[element] dx_view = view_of(dx, like)
-    cdef Grid grid = sums_of(input, shape) if summing else cells_of(input, just(dx_view), shape)
-    cdef Scratch scratch
-    cdef double* sums_and_gates = sums_room(scratch, grid)
-    cdef double* partial = sums_and_gates if summing else NULL
-    cdef double* sum_dy = &sums[0, 0] if summing else NULL
-    cdef double* sum_dy_xhat = &sums[1, 0] if summing else NULL
-    with nogil:
-        prepare_gates(grid, input, sums_and_gates, &parameters, num_threads)
-        differentiate_fixed(
-            grid, input, parameters, partial, dx_view, sum_dy, sum_dy_xhat, num_threads
-        )
-    return 0
+    cdef double* totals = &sums[0, 0] if sums is not None else NULL
+    return fixed_with_scratch(input, shape, parameters, view_of(dx, like), totals, num_threads)
 
 
 def fixed_backward(
@@ -532,6 +575,85 @@ def fixed_backward(
         fixed_as(
             <BFloat16*> NULL, dy, x, parameters, activation, dx, sums, num_threads
         )
+
+
+def fixed_backward_plain(
+    dy, x, mean, var, gamma, beta, tuple activation not None, axis, eps, bint summing, out,
+    int num_threads,
+):
+    """`fixed_backward` for plain arguments; None where it declines them.
+
+    Returns
+    -------
+    tuple or None
+        dx; dgamma and dbeta, None where no sums are to be taken; and whether dx has overwritten x.
+    """
+    cdef Shape shape
+    if not (
+        plain_fixed(x, mean, var, gamma, beta, axis, eps, out, &shape)
+        and plain_like(dy, <cnp.ndarray> x)
+        and same_or_apart(out, dy)
+    ):
+        return None
+    cdef ptrdiff_t channels = shape.channels
+    cdef Scratch scratch
+    cdef double* converted = room(scratch, 8 * channels)
+    cdef double* sums = converted + 6 * channels
+    cdef GradientParameters parameters
+    if not read_fixed_gradient(
+        mean, var, gamma, beta, PyFloat_AS_DOUBLE(eps), channels, converted, &parameters
+    ):
+        return None
+    cdef Epilogue epilogue = epilogue_of(activation)
+    cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    # Whatever can fail comes before the kernel, which may write over x or dy.
+    result = (
+        dx, gradient_like(gamma) if summing else None, gradient_like(beta) if summing else None,
+        cnp.PyArray_DATA(dx) == cnp.PyArray_DATA(<cnp.ndarray> x),
+    )
+    if shape.type_number == cnp.NPY_FLOAT:
+        fixed_plain_as(
+            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, epilogue, dx,
+            sums if summing else NULL, num_threads,
+        )
+    else:
+        fixed_plain_as(
+            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, epilogue, dx,
+            sums if summing else NULL, num_threads,
+        )
+    fill_gradient(result[1], sums + channels)
+    fill_gradient(result[2], sums)
+    return result
+
+
+cdef inline bint read_fixed_gradient(
+    object mean, object var, object gamma, object beta, double eps, ptrdiff_t channels,
+    double* converted,                      # (6, C), scratch
+    GradientParameters* parameters,
+) noexcept:
+    """`read_fixed` for a gradient."""
+    cdef NormalizeParameters given
+    cdef double* mean_lo = converted + 5 * channels
+    cdef ptrdiff_t c
+    if not read_fixed(mean, var, gamma, beta, eps, channels, converted, &given):
+        return False
+    for c in range(channels):
+        mean_lo[c] = 0
+    parameters.mean, parameters.mean_lo, parameters.inv_std = given.mean, mean_lo, given.inv_std
+    parameters.gamma, parameters.beta = given.gamma, given.beta
+    return True
+
+
+cdef int fixed_plain_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, GradientParameters parameters,
+    Epilogue epilogue, cnp.ndarray dx, double* sums, int num_threads,
+) except -1:
+    cdef BackwardInput[element] input = plain_input_of(
+        plain_view(dy, shape, like), plain_view(x, shape, like), shape
+    )
+    input.epilogue = epilogue
+    cdef View[element] dx_view = plain_view(dx, shape, like)
+    return fixed_with_scratch(input, shape, parameters, dx_view, sums, num_threads)
 
 
 cdef int backward_with_scratch(

@@ -18,9 +18,9 @@ from libc.math cimport sqrt
 
 from arguments cimport (
     FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_for, bits_of,
-    epilogue_of, equal_weights, fresh_like, is_small, kind_of, plain_eps, plain_input,
-    plain_output, plain_parameter, plain_residual, plain_view, plain_view_or_none, pointer,
-    read_only, room, shape_of, view_of, weights_of,
+    copy_of, epilogue_of, equal_weights, fresh_like, is_small, kind_of, plain_eps, plain_fixed,
+    plain_input, plain_output, plain_parameter, plain_residual, plain_view, plain_view_or_none,
+    pointer, read_fixed, read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
     BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters,
@@ -489,51 +489,76 @@ def normalize_plain(
     """`normalize` for plain arguments; None where it declines them, else y."""
     cdef Shape shape
     if not (
-        plain_input(x, axis, &shape)
-        and mean is not None
-        and var is not None
-        and plain_parameter(mean, shape.channels)
-        and plain_parameter(var, shape.channels)
-        and plain_parameter(gamma, shape.channels)
-        and plain_parameter(beta, shape.channels)
-        and plain_eps(eps)
-        and plain_output(out, <cnp.ndarray> x)
+        plain_fixed(x, mean, var, gamma, beta, axis, eps, out, &shape)
         and plain_residual(residual, <cnp.ndarray> x, out)
-        and apart(out, mean)
-        and apart(out, var)
-        and apart(out, gamma)
-        and apart(out, beta)
     ):
         return None
-    cdef Epilogue epilogue = epilogue_of(activation)
-    cdef ptrdiff_t c, channels = shape.channels
-    cdef Scratch scratch
-    cdef double* converted = room(scratch, 5 * channels)
-    cdef NormalizeParameters parameters
-    cdef double* inv_std = converted + 4 * channels
-    cdef const double* variances = as_doubles(var, converted + channels)
-    cdef double offset = PyFloat_AS_DOUBLE(eps)
-    cdef bint negative = False
-    for c in range(channels):
-        negative |= variances[c] < 0
-        inv_std[c] = 1 / sqrt(variances[c] + offset)
-    if negative:
-        return None
-    parameters.mean = as_doubles(mean, converted)
-    parameters.mean_lo = NULL
-    parameters.inv_std = inv_std
-    parameters.gamma = as_doubles(gamma, converted + 2 * channels)
-    parameters.beta = as_doubles(beta, converted + 3 * channels)
     cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    cdef bint written = normalize_plain_to(
+        y, <cnp.ndarray> x, shape, mean, var, gamma, beta, residual, epilogue_of(activation),
+        PyFloat_AS_DOUBLE(eps), num_threads,
+    )
+    return y if written else None
+
+
+def evaluate_plain(
+    x, mean, var, gamma, beta, residual, tuple activation not None, axis, eps, out,
+    ptrdiff_t channels, int num_threads,
+):
+    """`normalize_plain` for a layer, and what its backward pass needs; None where it declines.
+
+    Parameters
+    ----------
+    channels : int
+        The layer's.
+
+    Returns
+    -------
+    tuple or None
+        y; and the record that `bncore.layers.BatchNorm` keeps.
+    """
+    cdef Shape shape
+    if not (
+        plain_fixed(x, mean, var, gamma, beta, axis, eps, out, &shape)
+        and plain_residual(residual, <cnp.ndarray> x, out)
+        and shape.channels == channels
+    ):
+        return None
+    cdef cnp.ndarray y = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    # Whatever can fail comes before the kernel, which may write over x.
+    result = y, (
+        unless_at(x, y), unless_at(residual, y), residual is not None, None,
+        copy_of(<cnp.ndarray> mean), copy_of(<cnp.ndarray> var),
+    )
+    cdef bint written = normalize_plain_to(
+        y, <cnp.ndarray> x, shape, mean, var, gamma, beta, residual, epilogue_of(activation),
+        PyFloat_AS_DOUBLE(eps), num_threads,
+    )
+    return result if written else None
+
+
+cdef inline object unless_at(object array, cnp.ndarray y):
+    """A plain array, or None where y lies in its place."""
+    if array is None or cnp.PyArray_DATA(<cnp.ndarray> array) == cnp.PyArray_DATA(y):
+        return None
+    return array
+
+
+cdef int normalize_plain_to(
+    cnp.ndarray y, cnp.ndarray x, Shape shape, mean, var, gamma, beta, residual,
+    Epilogue epilogue, double eps, int num_threads,
+) except -1:
+    """Write y; False for a negative variance, and nothing is written."""
+    cdef NormalizeParameters parameters
+    cdef Scratch scratch
+    cdef double* converted = room(scratch, 5 * shape.channels)
+    if not read_fixed(mean, var, gamma, beta, eps, shape.channels, converted, &parameters):
+        return False
     if shape.type_number == cnp.NPY_FLOAT:
-        normalize_plain_as(
-            <float*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y, num_threads
-        )
+        normalize_plain_as(<float*> NULL, x, shape, parameters, residual, epilogue, y, num_threads)
     else:
-        normalize_plain_as(
-            <double*> NULL, <cnp.ndarray> x, shape, parameters, residual, epilogue, y, num_threads
-        )
-    return y
+        normalize_plain_as(<double*> NULL, x, shape, parameters, residual, epilogue, y, num_threads)
+    return True
 
 
 cdef int normalize_plain_as(

@@ -32,7 +32,13 @@ def test_every_tier_has_its_kernels(tier):
     backend = _backend.load(tier)
     kernels = {
         backend.statistics: ("moments", "move_running_plain"),
-        backend.normalization: ("forward", "normalize", "forward_plain", "normalize_plain"),
+        backend.normalization: (
+            "forward",
+            "normalize",
+            "forward_plain",
+            "normalize_plain",
+            "evaluate_plain",
+        ),
         backend.gradient: (
             "reduce",
             "apply",
@@ -40,6 +46,7 @@ def test_every_tier_has_its_kernels(tier):
             "backward",
             "backward_plain",
             "fixed_backward",
+            "fixed_backward_plain",
         ),
     }
     for module, names in kernels.items():

@@ -91,6 +91,21 @@ class Normalization(Protocol):
         out: Values | None,
         num_threads: int,
     ) -> Values | None: ...
+    def evaluate_plain(
+        self,
+        x: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        residual: ArrayLike | None,
+        activation: Activation,
+        axis: int | tuple[int, ...],
+        eps: float,
+        out: Values | None,
+        channels: int,
+        num_threads: int,
+    ) -> tuple[Values, Record] | None: ...
 
 class Gradient(Protocol):
     def activation_backward(
@@ -145,6 +160,21 @@ class Gradient(Protocol):
         sums: Doubles | None,
         num_threads: int,
     ) -> None: ...
+    def fixed_backward_plain(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        activation: Activation,
+        axis: int | tuple[int, ...],
+        eps: float,
+        summing: bool,
+        out: Values | None,
+        num_threads: int,
+    ) -> tuple[Values, Parameter | None, Parameter | None, bool] | None: ...
     def backward(
         self,
         dy: Values,
