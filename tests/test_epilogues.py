@@ -202,3 +202,24 @@ def test_an_empty_batch(backend, activation, has_residual):
     g = bncore.batch_norm_backward(dy, saved)
     assert y.shape == g.dx.shape == x.shape
     assert (g.dgamma == 0).all() and (g.dbeta == 0).all()
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES[1:4])
+def test_where_an_activation_is_closed_no_gradient_is_read(
+    backend, shape, axis, value, activation, has_residual
+):
+    """0 times infinity is NaN, but what the gate holds back is 0 whatever it is."""
+    x, dy, gamma, beta, residual = arguments(shape, axis, np.float32, has_residual)
+    keywords = {"axis": axis, "activation": activation, "residual": residual}
+    y, saved = bncore.batch_norm(x, gamma, beta, **keywords)
+    if activation is None or activation[0] == "leaky_relu":
+        closed = np.zeros(shape, bool)
+    else:
+        closed = y == 0 if activation == "relu" else (y == y.min()) | (y == y.max())
+        assert closed.any()
+    expected = bncore.batch_norm_backward(np.where(closed, 0, dy), saved)
+    g = bncore.batch_norm_backward(np.where(closed, np.float32(value), dy), saved)
+    assert bits(*(one for one in g if one is not None)) == bits(
+        *(one for one in expected if one is not None)
+    )
