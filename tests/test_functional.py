@@ -9,7 +9,7 @@ import pytest
 import bncore
 
 from . import oracle, torch_oracle
-from .arrays import LAYOUTS, in_layout
+from .arrays import LAYOUTS, in_layout, normal
 from .oracle import assert_within, ulp
 
 SEEDS = range(500)
@@ -167,3 +167,15 @@ def test_the_calls_are_as_varied_as_they_should_be():
     assert any(isinstance(c.axis, tuple) and len(c.axis) > 1 for c in calls)
     assert any(np.min(c.axis) < 0 for c in calls)
     assert any(c.gamma is None for c in calls) and any(c.beta is None for c in calls)
+
+
+def test_what_is_saved(backend):
+    """The arguments as they were given, the statistics in the shape of gamma."""
+    x, gamma, beta = normal(1, (4, 2, 3, 5)), normal(2, (2, 5)), normal(3, (2, 5))
+    _, saved = bncore.batch_norm(x, gamma, beta, axis=(1, -1), eps=1e-3)
+    assert saved.x is x and saved.gamma is gamma and saved.beta is beta
+    assert saved.axes == (1, 3) and saved.eps == 1e-3 and saved.values == 12
+    np.testing.assert_allclose(saved.mean, x.mean((0, 2)), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(saved.inv_std, 1 / np.sqrt(x.var((0, 2)) + 1e-3), rtol=1e-12)
+    np.testing.assert_array_equal(saved.count, np.full((2, 5), 12))
+    assert saved.stats.shape == (4, 10)

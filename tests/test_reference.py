@@ -85,6 +85,12 @@ def test_squares_beyond_the_range_of_float64(scale):
     assert_within(y, exact.y, 1e-13, "y")
 
 
+def test_a_gradient_where_no_value_counts():
+    x, dy, dx, ones = normal(1, (2, 3, 4)), normal(2, (2, 3, 4)), np.empty((2, 3, 4)), np.ones(3)
+    reference.apply(dy, x, ones, None, 2 * ones, 3 * ones, np.zeros((2, 3)), 0.0, dx)
+    np.testing.assert_array_equal(dx, 6 * dy)
+
+
 def test_move_running():
     mean, var = np.array([1.0, 2.0]), np.array([3.0, 4.0])
     stats = np.array([[5.0, 6.0], [0.0, 0.0], [7.0, 8.0], [9.0, 9.0]])
