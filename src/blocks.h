@@ -51,7 +51,7 @@ inline void write_and_sum_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t next
                                const CoefficientTable<T>& table, const Writer& writer,
                                const Terms& terms, double* partial, Seams<T>* seams) {
   const ptrdiff_t written = grid.first_channel(group), summed = grid.first_channel(next);
-  const SumTable sums = SumTable::of(partial, block, grid.channels);
+  const SumTable sums = SumTable::of(grid, partial, block);
   sums.clear(summed, summed + grid.width);
   Accumulator accumulators[kMaxRowsWidth];
   for (ptrdiff_t i = 0; i < grid.width; ++i) accumulators[i] = Accumulator();
@@ -303,14 +303,24 @@ template <class T> struct BackwardInput {
     if (keep) input.dy = kept_dy(grid, group).view(), input.x = kept_x(grid, group).view();
     return input;
   }
-  /* Calls visit with where dz comes from. */
-  template <class Visit> void visit(const Grid& grid, const Visit& visit_from) const {
+  /* Whether one comparison tells each gate of a group: no interval ends above, as with a ReLU and
+   * no gamma below 0. */
+  bool gates_below(const Grid& grid, const GradientParameters& p, ptrdiff_t group) const {
+    if (epilogue.activation == 0 || bits) return false;
+    for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c)
+      if (p.gate_high[c] == p.gate_high[c]) return false;
+    return true;
+  }
+  /* Calls visit with where dz comes from; below: gates_below of all groups it is for. */
+  template <class Visit>
+  void visit(const Grid& grid, bool below, const Visit& visit_from) const {
     const Gate<T> gate(epilogue);
     const auto its_bits = GateBits<const uint8_t>::of(grid, bits);
     if (epilogue.activation == 0) visit_from(PlainGradient<T>{dy});
     else if (bits) visit_from(BitGradient<T>{dy, its_bits, gate});
-    else if (gate.outside == 0) visit_from(IntervalGradient<T, false>{dy, x, gate});
-    else visit_from(IntervalGradient<T, true>{dy, x, gate});
+    else if (gate.outside != 0) visit_from(IntervalGradient<T, Interval::kSloped>{dy, x, gate});
+    else if (below) visit_from(IntervalGradient<T, Interval::kZeroBelow>{dy, x, gate});
+    else visit_from(IntervalGradient<T, Interval::kZero>{dy, x, gate});
   }
 };
 
@@ -354,7 +364,7 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
       sum_block<T>(grid, terms, group, block, partial);
     });
   };
-  input.visit(grid, [&](const auto& from) {
+  input.visit(grid, input.gates_below(grid, p, group), [&](const auto& from) {
     if constexpr (!kHasInterval<std::decay_t<decltype(from)>>) return sum(from, nullptr);
     GateTable<T> table;
     fill_gates(grid, p, group, &table);
@@ -378,7 +388,8 @@ BNCORE_OWN_FRAME void gate_block(const Grid& grid, const BackwardInput<T>& input
       else work(table, GateWriter<T, false, From, Positions>{from, dz, positions});
     });
   };
-  if (!input.residual.data || input.epilogue.activation == 0) return input.visit(grid, write);
+  if (!input.residual.data || input.epilogue.activation == 0)
+    return input.visit(grid, input.gates_below(grid, p, group), write);
   fill_normalize(grid, p, group, true, &table);
   write(LatentGradient<T>{input.dy, input.x, input.residual, Gate<T>(input.epilogue)});
 }
@@ -409,7 +420,7 @@ inline void gradient_block(const Grid& grid, const BackwardInput<T>& first_input
                            bool stream, ptrdiff_t group, ptrdiff_t block, Seams<T>* seams) {
   const BackwardInput<T> input = first_input.again(grid, group);
   if (output.dz.data) gate_block(grid, input, output.dz, p, stream, group, block, seams);
-  input.visit(grid, [&](const auto& from) {
+  input.visit(grid, input.gates_below(grid, p, group), [&](const auto& from) {
     input.weights.visit([&](auto positions) {
       gradient_work(JustWrite<T>{grid, group, block, seams}, from, positions, input.x, output.dx, p,
                     stream);
@@ -426,7 +437,8 @@ inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& inp
                                    double* partial, Seams<T>* seams) {
   const BackwardInput<T> kept = input.again(grid, group);
   if (output.dz.data) gate_block(grid, kept, output.dz, p, stream, group, block, seams);
-  input.visit(grid, [&](const auto& from) {
+  const bool below = input.gates_below(grid, p, group) && input.gates_below(grid, p, next);
+  input.visit(grid, below, [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
     typedef BackwardTerms<T, From, EveryPosition> Terms;
     const auto work = [&](const GateTable<T>* table) {
@@ -453,7 +465,7 @@ BNCORE_OWN_FRAME void fixed_gradient_block(const Grid& grid, const BackwardInput
     return finite<typename Element<T>::Real>(scale_of(p, first + c));
   }, table.row(kScale));
   const JustWrite<T> work = {grid, group, block, seams};
-  input.visit(grid, [&](const auto& from) {
+  input.visit(grid, input.gates_below(grid, p, group), [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
     if (kHasInterval<From>) fill_gates(grid, p, group, &table);
     if (stream) work(table, FixedGradientWriter<T, true, From>{from, dx, {}});

@@ -11,7 +11,7 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     cppclass Grid:
         ptrdiff_t outer, channels, inner
         ptrdiff_t width, groups
-        ptrdiff_t positions, blocks
+        ptrdiff_t positions, blocks, room
         bint columns, weighted
         ptrdiff_t first_channel(ptrdiff_t group)
         ptrdiff_t last_channel(ptrdiff_t group)
@@ -79,6 +79,13 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
         ptrdiff_t size(const Grid&)
     cppclass Seams[T]:
         pass
+
+    struct Workspace:
+        double* partial
+        double* shift
+        double* unit
+    ptrdiff_t workspace_size "bncore::Workspace::size"(const Grid&)
+    Workspace workspace_of "bncore::Workspace::of"(const Grid&, double* data, ptrdiff_t group)
 
     # partial: (blocks, 4, C) sums, merged by the finish functions of a group
     double pilot[T](const Grid&, View[const T], const Weights&, ptrdiff_t channel)

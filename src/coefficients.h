@@ -164,9 +164,13 @@ inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t grou
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   if (with_unit && !scaled)
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
-  fill_line(grid, channels, [&](ptrdiff_t c) {
-    return finite<typename Element<T>::Real>(scale_of(p, first + c) / unit[c]);
-  }, table->row(kScale));
+  const auto fill_scale = [&](const auto& scale) {
+    fill_line(grid, channels, [&](ptrdiff_t c) {
+      return finite<typename Element<T>::Real>(scale(c));
+    }, table->row(kScale));
+  };
+  if (scaled) fill_scale([&](ptrdiff_t c) { return scale_of(p, first + c) / unit[c]; });
+  else fill_scale([&](ptrdiff_t c) { return scale_of(p, first + c); });
   fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
             table->row(kOffset));
   return scaled;
@@ -193,16 +197,21 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
   if (with_unit && !scaled)
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
-  const auto shift = [&](ptrdiff_t c) { return p.sum_dy[first + c] / p.count; };
-  const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift(c)); };
+  double shift[max_line(sizeof(T))];
+  for (ptrdiff_t c = 0; c < channels; ++c) shift[c] = p.sum_dy[first + c] / p.count;
+  const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift[c]); };
+  const auto slope = [&](ptrdiff_t c) {
+    return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count;
+  };
   fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(scale_of(p, first + c)); },
             table->row(kScale));
   fill_line(grid, channels, shift_hi, table->row(kShiftHi));
-  fill_line(grid, channels, [&](ptrdiff_t c) { return shift(c) - shift_hi(c); },
+  fill_line(grid, channels, [&](ptrdiff_t c) { return shift[c] - shift_hi(c); },
             table->row(kShiftLo));
-  fill_line(grid, channels, [&](ptrdiff_t c) {
-    return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count / unit[c];
-  }, table->row(kSlope));
+  if (scaled)
+    fill_line(grid, channels, [&](ptrdiff_t c) { return slope(c) / unit[c]; }, table->row(kSlope));
+  else
+    fill_line(grid, channels, slope, table->row(kSlope));
   if (gated) fill_gates(grid, p, group, table);
   return scaled;
 }

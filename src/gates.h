@@ -52,8 +52,11 @@ template <class T> struct PlainSource {
   PlainSource row(ptrdiff_t r, Strides strides) const { return {dy + r * strides.dy}; }
 };
 
-/* The gate is an interval of x. Sloped: elsewhere dy is multiplied, else 0. */
-template <class T, template <class> class Coefficient, bool Sloped> struct IntervalSource {
+/* How an interval of x gates dy: elsewhere it gives 0, or dy times a slope. */
+enum class Interval { kZero, kSloped, kZeroBelow /* where no channel's interval ends above */ };
+
+/* The gate is an interval of x. */
+template <class T, template <class> class Coefficient, Interval Kind> struct IntervalSource {
   const T* dy;
   const T* x;
   Coefficient<T> low, high;
@@ -61,8 +64,9 @@ template <class T, template <class> class Coefficient, bool Sloped> struct Inter
 
   template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
     const V v = load_as<V, Whole>(x + i, k), g = load_as<V, Whole>(dy + i, k);
+    if constexpr (Kind == Interval::kZeroBelow) return v <= low.template as<V>(i) ? V{} : g;
     const auto closed = gate.closed(v, low.template as<V>(i), high.template as<V>(i));
-    if constexpr (Sloped) return gate.apply(closed, g);
+    if constexpr (Kind == Interval::kSloped) return gate.apply(closed, g);
     else return closed ? V{} : g;
   }
   IntervalSource row(ptrdiff_t r, Strides strides) const {

@@ -24,7 +24,7 @@ from blocks cimport (
     GATES_AT_ONCE, BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid,
     Half, Kept, KeptMemory, NormalizeParameters, Scratch, Seams, Tickets, Turns, View, element,
     find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
-    gradient_block, join_team, map_grid, reduce_block, sum_grid,
+    gradient_block, join_team, map_grid, reduce_block, sum_grid, workspace_of, workspace_size,
 )
 from traffic cimport is_resident, is_streamed, keeps_rows
 
@@ -199,7 +199,7 @@ cdef void differentiate_groups(
     BackwardInput[element] input,           # dy, x, residual: (N, C, S)
     const GradientParameters& parameters,
     bint stream,
-    double* partial,                        # (blocks, 4, C), scratch
+    double* scratch,                        # of workspace_size
     element* keep,                          # scratch for a group's rows, or NULL
     const BackwardOutput[element]& output,  # dx, dz: (N, C, S)
     double* sum_dy,                         # (C,)
@@ -210,12 +210,15 @@ cdef void differentiate_groups(
     cdef Turns turns
     cdef Seams[element] seams
     cdef ptrdiff_t block, following, group = turns.take(tickets)
+    cdef double* partial
     input.keep = keep
     if group >= 0:
+        partial = workspace_of(grid, scratch, group).partial
         reduce_group(grid, input, parameters, group, partial)
     while group >= 0:
         finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
         following = turns.take(tickets)
+        partial = workspace_of(grid, scratch, following).partial
         if keep != NULL and grid.pairs(group, following):
             for block in range(grid.blocks):
                 gradient_and_sum_block(
@@ -230,6 +233,36 @@ cdef void differentiate_groups(
         group = following
 
 
+cdef void differentiate_by_groups(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    double* scratch,                        # (num_threads, workspace_size)
+    const BackwardOutput[element]& output,  # dx, dz: (N, C, S)
+    double* sum_dy,                         # (C,)
+    double* sum_dy_xhat,                    # (C,)
+    int num_threads,
+) noexcept nogil:
+    """Both passes, group after group."""
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    cdef Tickets tickets
+    cdef KeptMemory[element] kept
+    tickets.hand_out_groups(grid, sizeof(element), num_threads)
+    if keeps_rows(grid, 2 * sizeof(element), stream):
+        kept.allocate(2 * Kept[element].size(grid), num_threads)
+    if num_threads == 1: # without OpenMP's microsecond
+        differentiate_groups(
+            grid, input, parameters, stream, scratch, kept.of(0), output, sum_dy, sum_dy_xhat,
+            &tickets,
+        )
+        return
+    with parallel(num_threads=num_threads):
+        differentiate_groups(
+            grid, input, parameters, stream, scratch + threadid() * workspace_size(grid),
+            kept.of(threadid()), output, sum_dy, sum_dy_xhat, &tickets,
+        )
+
+
 cdef void differentiate(
     const Grid& grid,
     const Grid& cells,                      # the same cut for the second pass
@@ -241,27 +274,10 @@ cdef void differentiate(
     double* sum_dy_xhat,                    # (C,)
     int num_threads,
 ) noexcept nogil:
-    """Both passes, group by group where a group stays in a cache."""
+    """The same, all sums first."""
     cdef ptrdiff_t group, cell
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
-    cdef KeptMemory[element] kept
-    if is_resident(grid, 2 * sizeof(element), num_threads):
-        tickets.hand_out_groups(grid, sizeof(element), num_threads)
-        if keeps_rows(grid, 2 * sizeof(element), stream):
-            kept.allocate(2 * Kept[element].size(grid), num_threads)
-        if num_threads == 1: # without OpenMP's microsecond
-            differentiate_groups(
-                grid, input, parameters, stream, partial, kept.of(0), output, sum_dy, sum_dy_xhat,
-                &tickets,
-            )
-            return
-        with parallel(num_threads=num_threads):
-            differentiate_groups(
-                grid, input, parameters, stream, partial, kept.of(threadid()), output, sum_dy,
-                sum_dy_xhat, &tickets,
-            )
-        return
     tickets.hand_out_cells(cells, num_threads, True)
     with parallel(num_threads=num_threads):
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
@@ -348,22 +364,20 @@ cdef inline Grid cells_of(
     )
 
 
-cdef inline double* sums_room(Scratch& scratch, const Grid& grid) except NULL:
-    """Room for the sums, (blocks, 4, C), and for the gates, (2, C)."""
-    return room(scratch, (4 * grid.blocks + 2) * grid.channels)
+cdef inline double* gates_and_sums(Scratch& scratch, const Grid& grid, int shares) except NULL:
+    """Room for the gates, (2, C), and behind them for sums, (shares, workspace_size)."""
+    return room(scratch, 2 * grid.channels + shares * workspace_size(grid))
 
 
 cdef void prepare_gates(
-    const Grid& grid,
+    ptrdiff_t channels,
     const BackwardInput[element]& input,
-    double* scratch,                        # from sums_room
+    double* low,                            # (2, C), scratch
     GradientParameters* parameters,         # its gates are set
     int num_threads,
 ) noexcept nogil:
     """Where an activation hands its gradient on, found for each channel if it is needed."""
-    cdef ptrdiff_t part, channels = grid.channels
-    cdef ptrdiff_t parts = (channels + GATES_AT_ONCE - 1) // GATES_AT_ONCE
-    cdef double* low = scratch + 4 * grid.blocks * channels
+    cdef ptrdiff_t part, parts = (channels + GATES_AT_ONCE - 1) // GATES_AT_ONCE
     parameters.gate_low, parameters.gate_high = low, low + channels
     if input.epilogue.activation == 0 or input.bits != NULL:
         return
@@ -383,7 +397,7 @@ cdef int reduce_as(
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
     cdef Grid grid = sums_of(input, shape)
     cdef Scratch scratch
-    cdef double* partial = sums_room(scratch, grid)
+    cdef double* partial = room(scratch, workspace_size(grid))
     with nogil:
         reduce_all(grid, input, parameters, partial, &sums[0, 0], &sums[1, 0], num_threads)
     return 0
@@ -477,9 +491,9 @@ cdef int gate_as(
     cdef View[element] dz_view = view_of(dz, like)
     cdef Grid grid = cells_of(input, just(dz_view), shape)
     cdef Scratch scratch
-    cdef double* gates = sums_room(scratch, grid)
+    cdef double* gates = room(scratch, 2 * shape.channels)
     with nogil:
-        prepare_gates(grid, input, gates, &parameters, num_threads)
+        prepare_gates(shape.channels, input, gates, &parameters, num_threads)
         gate_all(grid, input, parameters, dz_view, num_threads)
     return 0
 
@@ -522,15 +536,15 @@ cdef int fixed_with_scratch(
     cdef Grid cells = cells_of(input, just(dx), shape)
     cdef Grid grid = sums_of(input, shape) if summing else cells
     cdef Scratch scratch
-    cdef double* sums_and_gates = sums_room(scratch, grid)
-    cdef double* partial = sums_and_gates if summing else NULL
+    cdef double* gates = gates_and_sums(scratch, grid, summing)
+    cdef double* partial = gates + 2 * shape.channels if summing else NULL
     cdef double* sum_dy_xhat = sums + shape.channels if summing else NULL
     if is_small(shape):
-        prepare_gates(grid, input, sums_and_gates, &parameters, 1)
+        prepare_gates(shape.channels, input, gates, &parameters, 1)
         differentiate_fixed_small(grid, cells, input, parameters, partial, dx, sums, sum_dy_xhat)
         return 0
     with nogil:
-        prepare_gates(grid, input, sums_and_gates, &parameters, num_threads)
+        prepare_gates(shape.channels, input, gates, &parameters, num_threads)
         differentiate_fixed(grid, input, parameters, partial, dx, sums, sum_dy_xhat, num_threads)
     return 0
 
@@ -661,9 +675,8 @@ cdef int backward_with_scratch(
     const double* beta, double count, BackwardOutput[element] output, double* sums,
     int num_threads,
 ) except -1:
-    """`differentiate` with its scratch, and the statistics that a forward pass wrote."""
+    """Differentiate one way or the other, by the statistics that a forward pass wrote."""
     cdef Grid grid = sums_of(input, shape)
-    cdef Grid cells = cells_of(input, output, shape)
     cdef GradientParameters parameters
     parameters.mean, parameters.mean_lo = stats, stats + shape.channels
     parameters.inv_std = stats + 3 * shape.channels
@@ -673,17 +686,30 @@ cdef int backward_with_scratch(
     parameters.count = count if count > 0 else INFINITY
     cdef double* sum_dy = sums
     cdef double* sum_dy_xhat = sums + shape.channels
+    cdef bint small = is_small(shape) and output.dx.data != NULL
+    cdef bint by_groups = (
+        not small and output.dx.data != NULL
+        and is_resident(grid, 2 * sizeof(element), num_threads)
+    )
+    if by_groups:
+        grid.room = grid.width
+    cdef Grid cells = cells_of(input, output, shape)
     cdef Scratch scratch
-    cdef double* partial = sums_room(scratch, grid)
-    if is_small(shape) and output.dx.data != NULL:
-        prepare_gates(grid, input, partial, &parameters, 1)
+    cdef double* gates = gates_and_sums(scratch, grid, num_threads if by_groups else 1)
+    cdef double* partial = gates + 2 * shape.channels
+    if small:
+        prepare_gates(shape.channels, input, gates, &parameters, 1)
         differentiate_small(
             grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat
         )
         return 0
     with nogil:
-        prepare_gates(grid, input, partial, &parameters, num_threads)
-        if output.dx.data != NULL:
+        prepare_gates(shape.channels, input, gates, &parameters, num_threads)
+        if by_groups:
+            differentiate_by_groups(
+                grid, input, parameters, partial, output, sum_dy, sum_dy_xhat, num_threads
+            )
+        elif output.dx.data != NULL:
             differentiate(
                 grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat, num_threads
             )

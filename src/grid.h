@@ -48,6 +48,7 @@ struct Grid {
   ptrdiff_t tile;                         // lines taken at once
   ptrdiff_t strip;                        // such lines that are summed side by side
   ptrdiff_t step;                         // blocks begin at multiples of so many positions
+  ptrdiff_t room;                         // channels that scratch has room for: all, or a group's
   bool columns, weighted;
 
   ptrdiff_t first_channel(ptrdiff_t group) const { return group * width; }
@@ -70,6 +71,7 @@ struct Grid {
   void cut(ptrdiff_t itemsize, ptrdiff_t cell, ptrdiff_t max_blocks) {
     if (width > channels) width = channels;
     groups = (channels + width - 1) / width;
+    room = channels;
     segment = columns ? inner : clamp(inner, 1, itemsize == 8 ? kChunk<double> : 8192);
     segments = (inner + segment - 1) / segment;
     positions = outer * segments;

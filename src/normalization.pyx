@@ -24,8 +24,9 @@ from arguments cimport (
 )
 from blocks cimport (
     BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters,
-    Scratch, Seams, Tickets, Turns, View, element, finish_inv_std, finish_moments, join_team,
-    map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
+    Scratch, Seams, Tickets, Turns, View, Workspace, element, finish_inv_std, finish_moments,
+    join_team, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
+    workspace_of, workspace_size,
 )
 from running cimport movable, move_running
 from traffic cimport is_resident, is_streamed, keeps_rows
@@ -33,19 +34,45 @@ from traffic cimport is_resident, is_streamed, keeps_rows
 cnp.import_array()
 
 
+cdef void find_shift(
+    const Grid& grid,
+    const ForwardInput[element]& input,     # x: (N, C, S)
+    ptrdiff_t group,
+    double* shift,                          # (C,)
+) noexcept nogil:
+    cdef ptrdiff_t c
+    for c in range(grid.first_channel(group), grid.last_channel(group)):
+        shift[c] = pilot(grid, input.x, input.weights, c)
+
+
+cdef void finish_group(
+    const Grid& grid,
+    const ForwardInput[element]& input,     # x: (N, C, S)
+    double eps,
+    ptrdiff_t group,
+    Workspace work,
+    double* stats,                          # (4, C): mean, mean_lo, var, inv_std
+) noexcept nogil:
+    cdef double* mean_lo = stats + grid.channels
+    cdef double* var = mean_lo + grid.channels
+    finish_moments(
+        grid, input.x, input.weights, work.partial, work.shift, group, work.unit, stats, mean_lo,
+        var,
+    )
+    finish_inv_std(grid, input.weights, eps, group, work.unit, var, var + grid.channels)
+
+
 cdef void sum_group(
     const Grid& grid,
     const ForwardInput[element]& input,     # x: (N, C, S)
     ptrdiff_t group,
-    double* partial,                        # (blocks, 4, C)
-    double* shift,                          # (C,)
+    Workspace work,
 ) noexcept nogil:
-    cdef ptrdiff_t c, block
-    for c in range(grid.first_channel(group), grid.last_channel(group)):
-        shift[c] = pilot(grid, input.x, input.weights, c)
+    cdef ptrdiff_t block
+    find_shift(grid, input, group, work.shift)
     for block in range(grid.blocks):
         moments_block(
-            grid, input.x, input.weights, shift, group, block, partial, input.keep
+            grid, input.x, input.weights, work.shift, group, block, work.partial, input.keep
         )
 
 
@@ -55,9 +82,7 @@ cdef void normalize_groups(
     const NormalizeParameters& parameters,
     double eps,
     bint stream,
-    double* partial,                        # (blocks, 4, C), scratch
-    double* shift,                          # (C,), scratch
-    double* unit,                           # (C,), scratch
+    double* scratch,                        # of workspace_size
     element* keep,                          # scratch for a group's rows, or NULL
     View[element] y,                        # (N, C, S)
     double* stats,                          # (4, C)
@@ -66,32 +91,28 @@ cdef void normalize_groups(
     """One thread's part: sum a group, then normalize it; while the next is summed, if it can be."""
     cdef Turns turns
     cdef Seams[element] seams
-    cdef ptrdiff_t channels = grid.channels, c, block, following, group = turns.take(tickets)
+    cdef ptrdiff_t block, following, group = turns.take(tickets)
+    cdef Workspace work
     input.keep = keep
     if group >= 0:
-        sum_group(grid, input, group, partial, shift)
+        work = workspace_of(grid, scratch, group)
+        sum_group(grid, input, group, work)
     while group >= 0:
-        finish_moments(
-            grid, input.x, input.weights, partial, shift, group, unit, stats, stats + channels,
-            stats + 2 * channels,
-        )
-        finish_inv_std(
-            grid, input.weights, eps, group, unit, stats + 2 * channels, stats + 3 * channels
-        )
+        finish_group(grid, input, eps, group, work, stats)
         following = turns.take(tickets)
+        work = workspace_of(grid, scratch, following)
         if keep != NULL and grid.pairs(group, following):
-            for c in range(grid.first_channel(following), grid.last_channel(following)):
-                shift[c] = pilot(grid, input.x, input.weights, c)
+            find_shift(grid, input, following, work.shift)
             for block in range(grid.blocks):
                 normalize_and_sum_block(
-                    grid, input, y, parameters, stream, group, block, following, shift, partial,
-                    &seams,
+                    grid, input, y, parameters, stream, group, block, following, work.shift,
+                    work.partial, &seams,
                 )
         else:
             for block in range(grid.blocks - 1, -1, -1):
                 normalize_block(grid, input, y, parameters, stream, group, block, &seams)
             if following >= 0:
-                sum_group(grid, input, following, partial, shift)
+                sum_group(grid, input, following, work)
         group = following
 
 
@@ -114,60 +135,63 @@ cdef void normalize_cells(
         cell = turns.take(tickets)
 
 
+cdef void normalize_by_groups(
+    const Grid& grid,
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    const NormalizeParameters& parameters,
+    double eps,
+    double* scratch,                        # (num_threads, workspace_size)
+    View[element] y,                        # (N, C, S)
+    double* stats,                          # (4, C): mean, mean_lo, var, inv_std
+    int num_threads,
+) noexcept nogil:
+    """y = activation(gamma (x - mean) inv_std + beta + residual), group after group"""
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    cdef Tickets tickets
+    cdef KeptMemory[element] kept
+    tickets.hand_out_groups(grid, sizeof(element), num_threads)
+    if keeps_rows(grid, sizeof(element), stream):
+        kept.allocate(Kept[element].size(grid), num_threads)
+    if num_threads == 1: # without OpenMP's microsecond
+        normalize_groups(
+            grid, input, parameters, eps, stream, scratch, kept.of(0), y, stats, &tickets
+        )
+        return
+    with parallel(num_threads=num_threads):
+        normalize_groups(
+            grid, input, parameters, eps, stream, scratch + threadid() * workspace_size(grid),
+            kept.of(threadid()), y, stats, &tickets,
+        )
+
+
 cdef void normalize_batch(
     const Grid& grid,
     const Grid& cells,                      # the same cut for the second pass
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const NormalizeParameters& parameters,
     double eps,
-    double* partial,                        # (blocks, 4, C), scratch
-    double* shift,                          # (C,), scratch
-    double* unit,                           # (C,), scratch
+    Workspace work,
     View[element] y,                        # (N, C, S)
     double* stats,                          # (4, C): mean, mean_lo, var, inv_std
     int num_threads,
 ) noexcept nogil:
-    """y = activation(gamma (x - mean) inv_std + beta + residual)"""
-    cdef ptrdiff_t c, group, cell, channels = grid.channels
-    cdef double* mean = stats
-    cdef double* mean_lo = stats + channels
-    cdef double* var = stats + 2 * channels
-    cdef double* inv_std = stats + 3 * channels
+    """The same, all sums first."""
+    cdef ptrdiff_t c, group, cell
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
-    cdef KeptMemory[element] kept
-    if is_resident(grid, sizeof(element), num_threads):
-        tickets.hand_out_groups(grid, sizeof(element), num_threads)
-        if keeps_rows(grid, sizeof(element), stream):
-            kept.allocate(Kept[element].size(grid), num_threads)
-        if num_threads == 1: # without OpenMP's microsecond
-            normalize_groups(
-                grid, input, parameters, eps, stream, partial, shift, unit, kept.of(0), y, stats,
-                &tickets,
-            )
-            return
-        with parallel(num_threads=num_threads):
-            normalize_groups(
-                grid, input, parameters, eps, stream, partial, shift, unit, kept.of(threadid()),
-                y, stats, &tickets,
-            )
-        return
     tickets.hand_out_cells(cells, num_threads, True)
     with parallel(num_threads=num_threads):
-        for c in prange(channels, schedule="static"):
-            shift[c] = pilot(grid, input.x, input.weights, c)
+        for c in prange(grid.channels, schedule="static"):
+            work.shift[c] = pilot(grid, input.x, input.weights, c)
         join_team()
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             moments_block(
-                grid, input.x, input.weights, shift, cell // grid.blocks, cell % grid.blocks,
-                partial, input.keep,
+                grid, input.x, input.weights, work.shift, cell // grid.blocks,
+                cell % grid.blocks, work.partial, input.keep,
             )
         join_team()
         for group in prange(grid.groups, schedule="static"):
-            finish_moments(
-                grid, input.x, input.weights, partial, shift, group, unit, mean, mean_lo, var
-            )
-            finish_inv_std(grid, input.weights, eps, group, unit, var, inv_std)
+            finish_group(grid, input, eps, group, work, stats)
         join_team()
         normalize_cells(cells, input, parameters, stream, y, &tickets)
 
@@ -178,23 +202,16 @@ cdef void normalize_small(
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const NormalizeParameters& parameters,
     double eps,
-    double* partial,                        # (blocks, 4, C), scratch
-    double* shift,                          # (C,), scratch
-    double* unit,                           # (C,), scratch
+    Workspace work,
     View[element] y,                        # (N, C, S)
-    double* stats,                          # (4, C)
+    double* stats,                          # (4, C): mean, mean_lo, var, inv_std
 ) noexcept nogil:
-    """`normalize_batch` where all stays in a cache: one thread, and as few cells as may be."""
-    cdef ptrdiff_t group, cell, channels = grid.channels
-    cdef double* var = stats + 2 * channels
+    """The same where all stays in a cache: one thread, and as few cells as may be."""
+    cdef ptrdiff_t group, cell
     cdef Seams[element] seams
     for group in range(grid.groups):
-        sum_group(grid, input, group, partial, shift)
-        finish_moments(
-            grid, input.x, input.weights, partial, shift, group, unit, stats, stats + channels,
-            var,
-        )
-        finish_inv_std(grid, input.weights, eps, group, unit, var, stats + 3 * channels)
+        sum_group(grid, input, group, work)
+        finish_group(grid, input, eps, group, work, stats)
     for cell in range(cells.groups * cells.blocks):
         normalize_block(
             cells, input, y, parameters, False, cell % cells.groups, cell // cells.groups, &seams
@@ -242,32 +259,34 @@ cdef int batch_with_scratch(
     ForwardInput[element] input, Shape shape, const double* gamma, const double* beta, double eps,
     View[element] y, double* stats, int num_threads,
 ) except -1:
-    """`normalize_batch` with its scratch, whose size depends on the channels."""
+    """Normalize one way or the other, with the scratch for it."""
     if not input.weights.total:
         normalize_without_values(shape, input, gamma, beta, eps, y, stats, num_threads)
         return 0
     cdef Grid grid = sum_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element), input.to_sum()
     )
+    cdef NormalizeParameters parameters = fitted(stats, shape.channels, gamma, beta)
+    cdef bint small = is_small(shape)
+    cdef bint by_groups = not small and is_resident(grid, sizeof(element), num_threads)
+    cdef Scratch scratch
+    cdef double* data
+    if by_groups:
+        grid.room = grid.width
+        data = room(scratch, num_threads * workspace_size(grid))
+        with nogil:
+            normalize_by_groups(grid, input, parameters, eps, data, y, stats, num_threads)
+        return 0
     cdef Grid cells = map_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element),
         input.to_map(shape.channels, y),
     )
-    cdef size_t sums = 4 * grid.blocks * grid.channels
-    cdef Scratch scratch
-    cdef double* partial = room(scratch, sums + 2 * grid.channels)
-    cdef double* shift = partial + sums
-    cdef double* unit = shift + grid.channels
-    cdef NormalizeParameters parameters = fitted(stats, shape.channels, gamma, beta)
-    if is_small(shape):
-        normalize_small(
-            grid, cells, input, parameters, eps, partial, shift, unit, y, stats
-        )
+    cdef Workspace work = workspace_of(grid, room(scratch, workspace_size(grid)), 0)
+    if small:
+        normalize_small(grid, cells, input, parameters, eps, work, y, stats)
         return 0
     with nogil:
-        normalize_batch(
-            grid, cells, input, parameters, eps, partial, shift, unit, y, stats, num_threads
-        )
+        normalize_batch(grid, cells, input, parameters, eps, work, y, stats, num_threads)
     return 0
 
 

@@ -9,17 +9,32 @@
 
 namespace bncore {
 
-/* The two sums of every channel of a block, in twofold form: four rows of C values. */
+/* The two sums of every channel of a block, in twofold form: four rows of C values, of which there
+ * may be room for one group's only. */
 struct SumTable {
   double *first, *first_lo, *second, *second_lo;
 
-  static SumTable of(double* partial, ptrdiff_t block, ptrdiff_t channels) {
-    double* row = partial + block * 4 * channels;
-    return {row, row + channels, row + 2 * channels, row + 3 * channels};
+  static SumTable of(const Grid& grid, double* partial, ptrdiff_t block) {
+    double* row = partial + block * 4 * grid.room;
+    return {row, row + grid.room, row + 2 * grid.room, row + 3 * grid.room};
   }
   void clear(ptrdiff_t begin, ptrdiff_t end) const {
     for (double* row : {first, first_lo, second, second_lo})
       std::memset(row + begin, 0, (end - begin) * sizeof(double));
+  }
+};
+
+/* What a group's statistics need while they are found: sums (blocks, 4, C), a shift and a unit per
+ * channel. Indexed by channel, though there may be room for one group's only. */
+struct Workspace {
+  double *partial, *shift, *unit;
+
+  static ptrdiff_t size(const Grid& grid) { return (4 * grid.blocks + 2) * grid.room; }
+
+  static Workspace of(const Grid& grid, double* data, ptrdiff_t group) {
+    double* start = grid.room < grid.channels ? data - grid.first_channel(group) : data;
+    const ptrdiff_t sums = 4 * grid.blocks * grid.room;
+    return {start, start + sums, start + sums + grid.room};
   }
 };
 
@@ -62,7 +77,7 @@ template <class T> struct PlainGradient {
   }
 };
 
-template <class T, bool Sloped> struct IntervalGradient {
+template <class T, Interval Kind> struct IntervalGradient {
   View<const T> dy, x;
   Gate<T> gate;
 
@@ -71,7 +86,7 @@ template <class T, bool Sloped> struct IntervalGradient {
   }
   Strides strides() const { return {dy.n_stride, x.n_stride, 0}; }
   template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return IntervalSource<T, Pick::template Coefficient, Sloped>{
+    return IntervalSource<T, Pick::template Coefficient, Kind>{
         dy.at(n, c) + s, x.at(n, c) + s, pick(kGateLow), pick(kGateHigh), gate};
   }
 };
@@ -103,7 +118,7 @@ template <class T> struct LatentGradient {
 
 /* Whether dz needs the table's gates. */
 template <class From> constexpr bool kHasInterval = false;
-template <class T, bool Sloped> constexpr bool kHasInterval<IntervalGradient<T, Sloped>> = true;
+template <class T, Interval Kind> constexpr bool kHasInterval<IntervalGradient<T, Kind>> = true;
 
 /* Terms of a backward pass: dz and dz (x - mean). The table is that of a group from channel
  * `begin` on. */
@@ -294,7 +309,7 @@ template <class T, class Terms>
 inline void sum_block(const Grid& grid, const Terms& terms, ptrdiff_t group, ptrdiff_t block,
                       double* partial) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  const SumTable sums = SumTable::of(partial, block, grid.channels);
+  const SumTable sums = SumTable::of(grid, partial, block);
   sums.clear(first, last);
   if (grid.columns) sum_columns<T>(grid, terms, first, last, block, sums);
   else sum_rows<T>(grid, terms, first, last, block, sums);
@@ -334,9 +349,9 @@ inline double pilot(const Grid& grid, View<const T> x, const Weights& weights, p
 /* All blocks' sums of a group's channels, added in the blocks' order, into block 0's rows. */
 inline SumTable merge_blocks(const Grid& grid, ptrdiff_t group, double* partial) {
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  const SumTable total = SumTable::of(partial, 0, grid.channels);
+  const SumTable total = SumTable::of(grid, partial, 0);
   for (ptrdiff_t block = 1; block < grid.blocks; ++block) {
-    const SumTable more = SumTable::of(partial, block, grid.channels);
+    const SumTable more = SumTable::of(grid, partial, block);
     two_sums(more.first + first, channels, total.first + first, total.first_lo + first);
     add_line(more.first_lo + first, channels, total.first_lo + first);
     two_sums(more.second + first, channels, total.second + first, total.second_lo + first);
@@ -371,7 +386,7 @@ template <class T>
 inline void rescale(const Grid& grid, View<const T> x, const Weights& weights, double* partial,
                     double* shift, ptrdiff_t group, double* unit) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
-  const SumTable sums = SumTable::of(partial, 0, grid.channels);
+  const SumTable sums = SumTable::of(grid, partial, 0);
   bool ordinary = true;
   for (ptrdiff_t c = first; c < last; ++c) {
     unit[c] = unit_of_squares(sums.first[c], sums.second[c]);

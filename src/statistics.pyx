@@ -15,8 +15,8 @@ from arguments cimport (
     FLOAT16, FLOAT32, FLOAT64, Kind, Shape, kind_of, read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BFloat16, Grid, Half, Purpose, Scratch, View, Weights, element, finish_moments, join_team,
-    moments_block, pilot, sum_grid,
+    BFloat16, Grid, Half, Purpose, Scratch, View, Weights, Workspace, element, finish_moments,
+    join_team, moments_block, pilot, sum_grid, workspace_of, workspace_size,
 )
 from running cimport movable, move_running
 
@@ -26,9 +26,7 @@ cdef void compute_moments(
     const Grid& grid,
     View[const element] x,      # (N, C, S)
     const Weights& weights,     # (N, S)
-    double* partial,            # (blocks, 4, C), scratch
-    double* shift,              # (C,), scratch
-    double* unit,               # (C,), scratch
+    Workspace work,
     double* mean,               # (C,)
     double* mean_lo,            # (C,)
     double* m2,                 # (C,)
@@ -38,18 +36,20 @@ cdef void compute_moments(
     cdef ptrdiff_t cell, group, c
     with nogil, parallel(num_threads=num_threads):
         for c in prange(grid.channels, schedule="static"):
-            shift[c] = pilot(grid, x, weights, c)
+            work.shift[c] = pilot(grid, x, weights, c)
         join_team()
         for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
             moments_block(
-                grid, x, weights, shift, cell // grid.blocks, cell % grid.blocks, partial,
-                <element*> NULL,
+                grid, x, weights, work.shift, cell // grid.blocks, cell % grid.blocks,
+                work.partial, <element*> NULL,
             )
         join_team()
         for group in prange(grid.groups, schedule="static"):
-            finish_moments(grid, x, weights, partial, shift, group, unit, mean, mean_lo, m2)
+            finish_moments(
+                grid, x, weights, work.partial, work.shift, group, work.unit, mean, mean_lo, m2
+            )
             for c in range(grid.first_channel(group), grid.last_channel(group)):
-                m2[c] = m2[c] / unit[c] / unit[c]
+                m2[c] = m2[c] / work.unit[c] / work.unit[c]
 
 
 cdef int moments_as(
@@ -62,13 +62,12 @@ cdef int moments_as(
     cdef Grid grid = sum_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element), purpose
     )
-    cdef size_t sums = 4 * grid.blocks * grid.channels
     cdef Scratch scratch
-    cdef double* partial = room(scratch, sums + 2 * grid.channels)
+    cdef Workspace work = workspace_of(grid, room(scratch, workspace_size(grid)), 0)
     with nogil:
         compute_moments(
-            grid, read_only(view), weights, partial, partial + sums,
-            partial + sums + grid.channels, &stats[0, 0], &stats[1, 0], &stats[2, 0], num_threads,
+            grid, read_only(view), weights, work, &stats[0, 0], &stats[1, 0], &stats[2, 0],
+            num_threads,
         )
     return 0
 

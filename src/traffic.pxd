@@ -9,6 +9,8 @@ cdef enum:
     KEPT_BYTES = 2 << 20
     RESIDENT_BYTES = 12 << 20
     LONG_RUN = 2048 # elements
+    # Columns side by side by the line: a group in a part of a core's own cache.
+    COLUMNS_BYTES = 256 << 10
     # Beyond this a result is not read back from any cache, and storing past it saves a read.
     STREAMED_BYTES = 4 << 20
 
@@ -16,14 +18,15 @@ cdef enum:
 cdef inline bint is_resident(
     const Grid& grid, ptrdiff_t bytes_per_element, int num_threads
 ) noexcept nogil:
-    """Whether groups of rows are small enough to stay in a cache and enough to occupy the threads.
+    """Whether groups are small enough to stay in a cache and enough to occupy the threads.
 
     bytes_per_element counts every array that is read twice.
     """
-    cdef ptrdiff_t most = RESIDENT_BYTES if grid.width * grid.inner >= LONG_RUN else KEPT_BYTES
+    cdef ptrdiff_t bytes = grid.group_size() * bytes_per_element
+    if grid.columns:
+        return bytes <= COLUMNS_BYTES and grid.groups >= 4 * num_threads
     return (
-        not grid.columns
-        and grid.group_size() * bytes_per_element <= most
+        bytes <= (RESIDENT_BYTES if grid.width * grid.inner >= LONG_RUN else KEPT_BYTES)
         and (num_threads == 1 or grid.groups >= 4 * num_threads)
     )
 
@@ -36,7 +39,8 @@ cdef inline bint keeps_rows(
     Where all is cached anyway it would be a detour.
     """
     return (
-        streamed and not grid.weighted and grid.group_size() * bytes_per_element <= KEPT_BYTES
+        streamed and not grid.weighted and not grid.columns
+        and grid.group_size() * bytes_per_element <= KEPT_BYTES
     )
 
 

@@ -360,6 +360,15 @@ def test_goals_name_their_worst_row():
     assert of("geometric mean over PyTorch", rows).reached == pytest.approx(math.sqrt(4.5))
 
 
+def test_a_lead_is_told_beside_what_the_limit_would_give():
+    large = (20, 64, 64, 64)
+    rows = [row({"torch": 2.0, "limit": 0.5}, large), row({"torch": 9.0}, large)]
+    check = of("tensors from 4 MB on, geometric mean over PyTorch", rows)
+    assert check.reached == pytest.approx(math.sqrt(18)) and check.at_limit == pytest.approx(4.0)
+    small = [row({"torch": 2.0}, (8, 8))]
+    assert of("geometric mean over PyTorch", small).at_limit is None
+
+
 def test_small_shapes_have_goals_of_their_own():
     rows = [
         row({"torch": 1.9, "onednn": 1.2}, (64, 100), direction="layer"),

@@ -21,6 +21,7 @@ SMALL_SHAPES = ((2, 16, 8, 8), (64, 100))
 CLIFF = 1.5  # time per byte of an irregular shape by that of a regular one of like size
 TWO_THREADS = 1.8  # by one thread, where the data is in the cache
 TEAM_WORK = 1 << 18  # bytes from which two threads have enough to do
+LARGE = 4 << 20  # bytes from which memory is what counts
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Check:
         Of a goal that holds for every row: how many there are, and how many meet it.
     worst : Result or None
         The row that ``reached`` is of.
+    at_limit : float or None
+        Of a lead over a peer: what it would be if each row took as long as its limit, the copy or
+        triad. An aim beyond it asks for more than the memory gives.
     """
 
     goal: str
@@ -44,6 +48,7 @@ class Check:
     rows: int | None = None
     met: int | None = None
     worst: Result | None = None
+    at_limit: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -59,7 +64,7 @@ def checks(outcome: Outcome) -> dict[int, list[Check]]:
     for threads, results in by_threads.items():
         alone = by_threads.get(1, ()) if threads > 1 else ()
         found[threads] = [
-            *_near_limit(results, outcome), *_ahead(results), *_small(results),
+            *_near_limit(results, outcome), *_ahead(results, outcome), *_small(results),
             *_no_cliff(results), *_threads(results, alone, outcome),
         ]  # fmt: skip
     return found
@@ -76,12 +81,19 @@ def _near_limit(results: Sequence[Result], outcome: Outcome) -> Iterator[Check]:
         yield from _each(f"larger than the cache, {kind}: of the limit", NEAR_LIMIT, values)
 
 
-def _ahead(results: Sequence[Result]) -> Iterator[Check]:
+def _ahead(results: Sequence[Result], outcome: Outcome) -> Iterator[Check]:
     leads = [(min(ratios.values()), r) for r in results if (ratios := same_layout(r))]
     yield from _each("ahead of every peer in the same layout", 1.0, leads)
     calls = [r for r in results if r.case.direction != "layer"]
-    torch = [r.ratios["torch"] for r in calls if "torch" in r.ratios]
-    yield from _mean("geometric mean over PyTorch", OVER_TORCH, torch)
+    torch = [r for r in calls if "torch" in r.ratios]
+    large = [r for r in torch if r.case.tensor_bytes >= LARGE]
+    for rows, goal in (
+        (torch, "geometric mean over PyTorch"),
+        (large, f"tensors from {LARGE >> 20} MB on, geometric mean over PyTorch"),
+    ):
+        bounds = [r.ratios["torch"] / share for r in rows if (share := outcome.share(r))]
+        at_limit = geometric_mean(bounds) if bounds else None
+        yield from _mean(goal, OVER_TORCH, [r.ratios["torch"] for r in rows], at_limit)
     yield from _mean("geometric mean over oneDNN's best layout", OVER_ONEDNN, best_onednn(calls))
 
 
@@ -142,6 +154,8 @@ def _each(goal: str, aim: float, values: Sequence[tuple[float, Result]]) -> Iter
         yield Check(goal, aim, reached, len(values), met, worst)
 
 
-def _mean(goal: str, aim: float, values: Sequence[float]) -> Iterator[Check]:
+def _mean(
+    goal: str, aim: float, values: Sequence[float], at_limit: float | None = None
+) -> Iterator[Check]:
     if values:
-        yield Check(goal, aim, geometric_mean(values))
+        yield Check(goal, aim, geometric_mean(values), at_limit=at_limit)

@@ -89,7 +89,7 @@ def goal_table(outcome: Outcome):
     table = empty_table(
         "Goals (float32, into a given array)",
         left=("threads", "goal"),
-        right=("aim", "reached", "rows met", "worst row"),
+        right=("aim", "reached", "at the limit", "rows met", "worst row"),
     )
     for threads, found in checks(outcome).items():
         for check in found:
@@ -98,6 +98,7 @@ def goal_table(outcome: Outcome):
                 check.goal,
                 f"{check.aim:g}",
                 _coloured(f"{check.reached:.2f}", check.holds),
+                check.at_limit and f"{check.at_limit:.2f}",
                 _rows_met(check),
                 check.worst and _row(check.worst),
             )
