@@ -181,6 +181,15 @@ inline void stream_vector(T* p, Floats v) {
 #endif
 }
 
+/* Whether the processor is one of AMD's. */
+inline bool is_amd() {
+#if defined(BNCORE_X86)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 /* Streaming stores are weakly ordered: a fence makes them visible before a barrier. */
 inline void stream_fence() {
 #if defined(BNCORE_X86)

@@ -34,10 +34,14 @@ BNCORE_INLINE void two_sum(double v, double* hi, double* lo) {
  * passed when they are needed, and not so many that they leave the first-level cache before. */
 constexpr ptrdiff_t kFetchAhead = 8192;
 
-template <class T> BNCORE_INLINE void prefetch_lines(const T* p, ptrdiff_t n) {
+/* Fetch the lines of n elements into a core's first-level cache, or its second. */
+constexpr int kFirstLevel = 3, kSecondLevel = 2; // as the compiler counts them
+
+template <int Level = kFirstLevel, class T>
+BNCORE_INLINE void prefetch_lines(const T* p, ptrdiff_t n) {
   constexpr ptrdiff_t line = 64 / sizeof(T);
 #pragma GCC unroll 8
-  for (ptrdiff_t i = 0; i < n; i += line) __builtin_prefetch(p + i);
+  for (ptrdiff_t i = 0; i < n; i += line) __builtin_prefetch(p + i, 0, Level);
 }
 
 /* Copy n elements, by vectors as far as these go. */
@@ -176,7 +180,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
   Lines<Weigh> weights;
 
   template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
-    prefetch_lines(x + row * x_stride + c, Width);
+    prefetch_lines<kSecondLevel>(x + row * x_stride + c, Width);
   }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
@@ -216,7 +220,8 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
 constexpr int kStripVectors = 4;
 
 /* Fetches what is read next, line after line in the order of memory, which is what the hardware's
- * own prefetchers follow; strips by themselves go from row to row. */
+ * own prefetchers follow; strips by themselves go from row to row. One array to the second level,
+ * which has more lines under way at a time than the first; two are mostly no faster so. */
 template <class Terms> struct Fetcher {
   static constexpr ptrdiff_t kWidth = kStripVectors * kWide;
   const Terms& terms;

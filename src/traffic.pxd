@@ -3,10 +3,16 @@
 
 from blocks cimport Grid
 
+cdef extern from "simd.h" namespace "bncore" nogil:
+    bint is_amd()
+
 cdef enum:
     # A group of rows stays in a second-level cache of 1 to 2 MB; where it is read in long runs, in
     # the cache behind that is good enough.
     KEPT_BYTES = 2 << 20
+    # Where few cores share the cache behind it, more than fits is worth being kept; where many do
+    # that cache is far, and the copies are best no more than half of a core's own.
+    KEPT_FROM_AFAR_BYTES = 1 << 20
     RESIDENT_BYTES = 12 << 20
     LONG_RUN = 2048 # elements
     # Columns side by side by the line: a group in a part of a core's own cache.
@@ -38,9 +44,10 @@ cdef inline bint keeps_rows(
 
     Where all is cached anyway it would be a detour.
     """
+    cdef ptrdiff_t most = KEPT_BYTES if is_amd() else KEPT_FROM_AFAR_BYTES
     return (
         streamed and not grid.weighted and not grid.columns
-        and grid.group_size() * bytes_per_element <= KEPT_BYTES
+        and grid.group_size() * bytes_per_element <= most
     )
 
 
