@@ -16,16 +16,19 @@ MEGABYTE = 1 << 20
 STREAMED = 4 * MEGABYTE
 
 # Rows that are kept, in groups of one channel and of several; rows too many to keep; columns of one
-# group and of several; small planes; columns beyond any cache.
+# group and of several; columns and small planes done group by group; small planes that are not;
+# columns beyond any cache.
 SHAPES = [
     ((9, 40, 55, 55), 1), ((30, 61, 25, 25), 1), ((60, 4, 97, 97), 1), ((300, 70, 61), -1),
-    ((700, 1700), -1), ((33, 701, 7, 7), 1), ((5800, 1100), -1),
+    ((700, 1700), -1), ((17, 65701), -1), ((33, 701, 7, 7), 1), ((601, 37, 7, 7), 1),
+    ((5800, 1100), -1),
 ]  # fmt: skip
 PLACES = [0, 1, 7]
 """Elements before a result, from a line's beginning on."""
 
 EXTRAS = [
-    {}, {"activation": "relu"}, {"activation": ("leaky_relu", 0.3)}, {"residual": True},
+    {}, {"activation": "relu"}, {"activation": "relu", "gamma": abs}, {"mask": True},
+    {"activation": ("leaky_relu", 0.3)}, {"residual": True},
     {"activation": "relu", "residual": True}, {"activation": ("clip", 0, 1), "residual": True},
 ]  # fmt: skip
 
@@ -41,8 +44,13 @@ def placed(values, place):
 
 def step(x, dy, gamma, beta, axis, extras, place):
     """y, the statistics and all gradients."""
+    extras = dict(extras)
+    gamma = extras.pop("gamma", np.copy)(gamma)
     if extras.get("residual"):
-        extras = extras | {"residual": normal(3, x.shape, x.dtype)}
+        extras["residual"] = normal(3, x.shape, x.dtype)
+    if extras.get("mask"):
+        positions = [1 if i == axis % x.ndim else n for i, n in enumerate(x.shape)]
+        extras["mask"] = normal(6, positions) > -1
     out, dx = placed(np.zeros_like(x), place), placed(np.zeros_like(x), place)
     y, saved = bncore.batch_norm(x, gamma, beta, axis=axis, out=out, **extras)
     g = bncore.batch_norm_backward(dy, saved, out=dx)
