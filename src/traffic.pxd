@@ -10,11 +10,11 @@ cdef enum:
     # A group of rows stays in a second-level cache of 1 to 2 MB; where it is read in long runs, in
     # the cache behind that is good enough.
     KEPT_BYTES = 2 << 20
+    RESIDENT_BYTES = 12 << 20
+    LONG_RUN = 2048 # elements
     # Where few cores share the cache behind it, more than fits is worth being kept; where many do
     # that cache is far, and the copies are best no more than half of a core's own.
     KEPT_FROM_AFAR_BYTES = 1 << 20
-    RESIDENT_BYTES = 12 << 20
-    LONG_RUN = 2048 # elements
     # Columns side by side by the line: a group in a part of a core's own cache.
     COLUMNS_BYTES = 256 << 10
     # Beyond this a result is not read back from any cache, and storing past it saves a read.
