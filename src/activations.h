@@ -1,6 +1,6 @@
 /* Activations, and z, the value they are applied to:
  *
- *   z = ((x - mean_hi) - mean_lo) scale + offset [+ residual]
+ *   z = (x - mean) scale + offset [+ residual]      offset = beta - mean_lo scale
  *
  * Coefficients are one value for a whole row (channel-major) or one value per channel (columns);
  * a formula does not care which.
@@ -83,12 +83,12 @@ template <class T> struct AnyActivation {
 template <class T, template <class> class Coefficient, bool Residual, bool Scaled> struct Latent {
   const T* x;
   const T* residual;
-  Coefficient<T> mean_hi, mean_lo, scale, offset, unit;
+  Coefficient<T> mean, scale, offset, unit;
 
   template <class V, bool Whole> BNCORE_INLINE V z(ptrdiff_t i, int k) const {
     V v = load_as<V, Whole>(x + i, k);
     if (Scaled) v *= unit.template as<V>(i);
-    const V d = (v - mean_hi.template as<V>(i)) - mean_lo.template as<V>(i);
+    const V d = v - mean.template as<V>(i);
     v = fma(d, scale.template as<V>(i), offset.template as<V>(i));
     return Residual ? v + load_as<V, Whole>(residual + i, k) : v;
   }

@@ -1,4 +1,4 @@
-/* Blocks: the work of one cell of the grid, and how cells are handed out to threads. */
+/* Blocks: the work of one cell of the grid. */
 #ifndef BNCORE_BLOCKS_H
 #define BNCORE_BLOCKS_H
 
@@ -7,17 +7,33 @@
 
 namespace bncore {
 
-/* Write `count` lines of a group from position t on as one. */
+/* Write `count` lines of a group from position t on as one: from element `done` of it to so many
+ * `over` its end. */
 template <class T, class Writer>
 inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, const Writer& writer,
-                        ptrdiff_t group, ptrdiff_t t, ptrdiff_t count, Seams<T>* seams) {
+                        ptrdiff_t group, ptrdiff_t t, ptrdiff_t count, ptrdiff_t done, ptrdiff_t over,
+                        Seams<T>* seams) {
   typedef decltype(writer.weights) Positions;
   Spread<Positions, 1, max_line(sizeof(T))> spread;
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
   const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
   write_row<Writer::kStream>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
-                             writer.out.at(t, c), count * channels * grid.inner,
+                             writer.out.at(t, c), done, count * channels * grid.inner + over,
                              Writer::kStream ? seams->of(grid, t) : nullptr);
+}
+
+/* Write every line of a cell of columns; where they run on, each up to the first cache line that
+ * begins in the next. */
+template <class T, class Writer>
+inline void write_columns(const Grid& grid, const CoefficientTable<T>& table, const Writer& writer,
+                          ptrdiff_t group, ptrdiff_t t, ptrdiff_t end, Seams<T>* seams) {
+  const bool on = !Writer::kWeighted && grid.template run_on<T>();
+  const ptrdiff_t over = on ? to_next_line(writer.out.at(t, grid.first_channel(group))) : 0;
+  for (ptrdiff_t done = 0, next_done, count; t < end; t += count, done = next_done) {
+    count = grid.tile < end - t ? grid.tile : end - t;
+    next_done = clamp((end - t - count) * grid.channels, 0, over);
+    write_lines(grid, table, writer, group, t, count, done, next_done, seams);
+  }
 }
 
 /* Write every row or line of one cell. */
@@ -28,19 +44,14 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const ptrdiff_t end = grid.first_position(block + 1);
   ptrdiff_t t = grid.first_position(block);
-  if (grid.columns) {
-    for (; t + grid.tile <= end; t += grid.tile)
-      write_lines(grid, table, writer, group, t, grid.tile, seams);
-    if (t < end) write_lines(grid, table, writer, group, t, end - t, seams);
-    t = end;
-  }
+  if (grid.columns) return write_columns(grid, table, writer, group, t, end, seams);
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     const auto weigh = writer.weights.row(piece.n, piece.s);
     for (ptrdiff_t c = first; c < last; ++c)
       write_row<Writer::kStream>(
           writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh),
-          writer.out.at(piece.n, c) + piece.s, piece.length,
+          writer.out.at(piece.n, c) + piece.s, 0, piece.length,
           Writer::kStream ? seams->of(grid, piece.n) : nullptr);
   }
 }
@@ -82,7 +93,7 @@ inline const T* start_of(const Grid& grid, View<T> out, ptrdiff_t group, ptrdiff
 /* Writers: the map of a row and where it goes. */
 template <class T, class Activation, bool Residual, bool Scaled, class Positions, bool Stream>
 struct NormalizeWriter {
-  static constexpr bool kStream = Stream;
+  static constexpr bool kStream = Stream, kWeighted = Positions::kAny;
   View<const T> x, residual;
   View<T> out;
   Activation activation;
@@ -93,15 +104,15 @@ struct NormalizeWriter {
   template <class Pick, class Weigh>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh weigh) const {
     typedef Latent<T, Pick::template Coefficient, Residual, Scaled> Z;
-    const Z z = {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMeanHi),
-                 pick(kMeanLo), pick(kScale), pick(kOffset), pick(kUnit)};
+    const Z z = {x.at(n, c) + s, Residual ? residual.at(n, c) + s : nullptr, pick(kMean),
+                 pick(kScale), pick(kOffset), pick(kUnit)};
     return Normalize<T, Z, Activation, Weigh, Residual>{z, activation, weigh, gate, bits.data,
                                                         bits.at(n, c, s)};
   }
 };
 
 template <class T, bool Scaled, bool Stream, class From, class Positions> struct GradientWriter {
-  static constexpr bool kStream = Stream;
+  static constexpr bool kStream = Stream, kWeighted = Positions::kAny;
   From from;
   View<const T> x;
   View<T> out;
@@ -111,13 +122,13 @@ template <class T, bool Scaled, bool Stream, class From, class Positions> struct
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh weigh) const {
     const auto source = from.source(pick, n, c, s);
     return Gradient<T, Pick::template Coefficient, Scaled, decltype(source), Weigh>{
-        {}, source, x.at(n, c) + s, pick(kMeanHi), pick(kMeanLo), pick(kShiftHi), pick(kShiftLo),
-        pick(kSlope), pick(kScale), pick(kUnit), weigh};
+        {}, source, x.at(n, c) + s, pick(kMean), pick(kShift), pick(kRest), pick(kSlope),
+        pick(kScale), pick(kUnit), weigh};
   }
 };
 
 template <class T, bool Stream, class From, class Positions> struct GateWriter {
-  static constexpr bool kStream = Stream;
+  static constexpr bool kStream = Stream, kWeighted = Positions::kAny;
   From from;
   View<T> out;
   Positions weights;
@@ -130,7 +141,7 @@ template <class T, bool Stream, class From, class Positions> struct GateWriter {
 };
 
 template <class T, bool Stream, class From> struct FixedGradientWriter {
-  static constexpr bool kStream = Stream;
+  static constexpr bool kStream = Stream, kWeighted = false;
   From from;
   View<T> out;
   EveryPosition weights;
@@ -342,7 +353,7 @@ BNCORE_OWN_FRAME void find_gates(const BackwardInput<T>& input, const GradientPa
   const ptrdiff_t first = parts.first_channel(part);
   for (ptrdiff_t c = first; c < parts.last_channel(part); ++c) {
     const auto of = [&](int which) { return table.row(which)[c - first]; };
-    const Ramp<Real> z = {of(kMeanHi), of(kMeanLo), of(kScale), of(kOffset), of(kUnit)};
+    const Ramp<Real> z = {of(kMean), of(kScale), of(kOffset), of(kUnit)};
     Real low, high;
     gate_interval(gate, z, &low, &high);
     gate_low[c] = low;
@@ -472,44 +483,6 @@ BNCORE_OWN_FRAME void fixed_gradient_block(const Grid& grid, const BackwardInput
     else work(table, FixedGradientWriter<T, false, From>{from, dx, {}});
   });
 }
-
-/* Hands out groups, or cells, to the threads of a team, each once, whoever comes: neighbours
- * together, many at first and fewer as they run out. */
-struct Tickets {
-  std::atomic<ptrdiff_t> taken{0};
-  ptrdiff_t count = 0, least = 1, share = 4;
-  bool reversed = false;
-
-  /* Groups; of small ones several at a time, lest two cores write to one line of statistics. */
-  void hand_out_groups(const Grid& grid, ptrdiff_t itemsize, int threads) {
-    constexpr ptrdiff_t worth = 128 * 1024; // bytes
-    count = grid.groups, share = 4 * threads;
-    least = clamp(worth / (grid.group_size() * itemsize), 1, 1 + grid.groups / share);
-  }
-  /* Cells, from the last one on where so is wanted. */
-  void hand_out_cells(const Grid& grid, int threads, bool from_last) {
-    count = grid.groups * grid.blocks, share = 4 * threads, reversed = from_last;
-  }
-};
-
-/* One thread's turns. */
-struct Turns {
-  ptrdiff_t next = 0, end = 0;
-
-  /* A group or cell, or -1 where none is left. */
-  ptrdiff_t take(Tickets* tickets) {
-    if (next == end) {
-      next = tickets->taken.load(std::memory_order_relaxed);
-      do {
-        if (next == tickets->count) return end = next, -1;
-        const ptrdiff_t left = tickets->count - next;
-        end = next + clamp(left / tickets->share, tickets->least < left ? tickets->least : left, left);
-      } while (!tickets->taken.compare_exchange_weak(next, end, std::memory_order_relaxed));
-    }
-    const ptrdiff_t turn = next++;
-    return tickets->reversed ? tickets->count - 1 - turn : turn;
-  }
-};
 
 } // namespace bncore
 

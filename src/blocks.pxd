@@ -126,6 +126,8 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
                                    const BackwardOutput[T]&, const GradientParameters&,
                                    bint stream, ptrdiff_t group, ptrdiff_t block, ptrdiff_t next,
                                    double* partial, Seams[T]*)
+
+cdef extern from "tickets.h" namespace "bncore" nogil:
     cppclass Tickets:
         void hand_out_groups(const Grid&, ptrdiff_t itemsize, int threads)
         void hand_out_cells(const Grid&, int threads, bint from_last)

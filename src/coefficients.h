@@ -11,6 +11,9 @@
 
 namespace bncore {
 
+/* Places of a line that stand in a table once more, behind its end, where lines run on. */
+constexpr ptrdiff_t kOver = kCacheLine / 2;
+
 /* A value per place of a line from a value per channel: each channel's repeated `inner` times,
  * the whole `tile` times. */
 template <class Real, class ValueOfChannel>
@@ -25,22 +28,19 @@ inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel
       for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
     }
   }
-  const ptrdiff_t end = grid.tile * places;
+  const ptrdiff_t end = grid.tile * places + (grid.gapless ? kOver : 0);
   for (ptrdiff_t done = places; done < end; done *= 2) // each time as much as there is already
     std::memcpy(line + done, line, (2 * done < end ? done : end - done) * sizeof(Real));
 }
 
 /* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they
- * are mean_hi, mean_lo, scale, offset and unit; for dx mean_hi, mean_lo, shift_hi, shift_lo,
- * slope, scale and unit; for dz gate_low and gate_high. */
-enum {
-  kMeanHi, kMeanLo, kScale, kOffset, kShiftHi = kOffset, kShiftLo, kSlope, kUnit, kGateLow,
-  kGateHigh, kRows
-};
+ * are mean, scale, offset and unit; for dx mean, shift, rest, slope, scale and unit; for dz
+ * gate_low and gate_high. */
+enum { kMean, kScale, kOffset, kShift = kOffset, kRest, kSlope, kUnit, kGateLow, kGateHigh, kRows };
 
 template <class T> struct CoefficientTable {
   typedef typename Element<T>::Real Real;
-  static constexpr ptrdiff_t kPlaces = max_line(sizeof(T)) + Element<T>::kLanes + kPad;
+  static constexpr ptrdiff_t kPlaces = max_line(sizeof(T)) + Element<T>::kLanes + kOver;
   alignas(64) Real rows[kRows][kPlaces];
   ptrdiff_t phase; // where in a vector a line begins
 
@@ -125,10 +125,12 @@ template <class Real> inline int64_t is_unusual(double mean, double inv_std) {
          (unless(offset >= small) & unless(offset == 0));
 }
 
-/* The coefficients all maps share, and each channel's unit; true where one is not 1. */
+/* The coefficients all maps share, each channel's unit, and mean_lo: what the mean in the table is
+ * less than mean times unit. True where a unit is not 1. */
 template <class T, class Parameters>
 inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, ptrdiff_t last,
-                        double* __restrict unit, CoefficientTable<T>* table) {
+                        double* __restrict unit, double* __restrict mean_lo,
+                        CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
   const ptrdiff_t channels = last - first;
   const double *mean = p.mean + first, *inv_std = p.inv_std + first;
@@ -137,15 +139,13 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   const bool scaled = unusual != 0;
   for (ptrdiff_t c = 0; c < channels; ++c) unit[c] = 1;
   for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<Real>(mean[c], inv_std[c]);
-  Real hi[max_line(sizeof(T))], lo[max_line(sizeof(T))];
+  Real hi[max_line(sizeof(T))];
   for (ptrdiff_t c = 0; c < channels; ++c) {
     hi[c] = static_cast<Real>(mean[c] * unit[c]);
-    lo[c] = static_cast<Real>(mean[c] * unit[c] - hi[c]);
+    mean_lo[c] = mean[c] * unit[c] - hi[c];
   }
-  for (ptrdiff_t c = 0; p.mean_lo && c < channels; ++c)
-    lo[c] = static_cast<Real>((mean[c] * unit[c] - hi[c]) + p.mean_lo[first + c] * unit[c]);
-  fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row(kMeanHi));
-  fill_line(grid, channels, [&](ptrdiff_t c) { return lo[c]; }, table->row(kMeanLo));
+  for (ptrdiff_t c = 0; p.mean_lo && c < channels; ++c) mean_lo[c] += p.mean_lo[first + c] * unit[c];
+  fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row(kMean));
   if (scaled) fill_line(grid, channels, [&](ptrdiff_t c) { return unit[c]; }, table->row(kUnit));
   return scaled;
 }
@@ -159,20 +159,19 @@ template <class Parameters> inline double scale_of(const Parameters& p, ptrdiff_
 template <class T, class Parameters>
 inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t group, bool with_unit,
                            CoefficientTable<T>* table) {
+  typedef typename Element<T>::Real Real;
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  double unit[max_line(sizeof(T))];
-  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
+  double unit[max_line(sizeof(T))], mean_lo[max_line(sizeof(T))], scale[max_line(sizeof(T))];
+  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, mean_lo, table);
   if (with_unit && !scaled)
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
-  const auto fill_scale = [&](const auto& scale) {
-    fill_line(grid, channels, [&](ptrdiff_t c) {
-      return finite<typename Element<T>::Real>(scale(c));
-    }, table->row(kScale));
-  };
-  if (scaled) fill_scale([&](ptrdiff_t c) { return scale_of(p, first + c) / unit[c]; });
-  else fill_scale([&](ptrdiff_t c) { return scale_of(p, first + c); });
-  fill_line(grid, channels, [&](ptrdiff_t c) { return p.beta ? p.beta[first + c] : 0; },
-            table->row(kOffset));
+  for (ptrdiff_t c = 0; c < channels; ++c) scale[c] = scale_of(p, first + c);
+  for (ptrdiff_t c = 0; scaled && c < channels; ++c) scale[c] /= unit[c];
+  for (ptrdiff_t c = 0; c < channels; ++c) scale[c] = finite<Real>(scale[c]);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return scale[c]; }, table->row(kScale));
+  fill_line(grid, channels, [&](ptrdiff_t c) {
+    return (p.beta ? p.beta[first + c] : 0) - mean_lo[c] * scale[c];
+  }, table->row(kOffset));
   return scaled;
 }
 
@@ -193,25 +192,24 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
                           bool gated, bool with_unit, CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  double unit[max_line(sizeof(T))];
-  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, table);
+  double unit[max_line(sizeof(T))], mean_lo[max_line(sizeof(T))];
+  double shift[max_line(sizeof(T))], slope[max_line(sizeof(T))];
+  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, mean_lo, table);
   if (with_unit && !scaled)
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
-  double shift[max_line(sizeof(T))];
-  for (ptrdiff_t c = 0; c < channels; ++c) shift[c] = p.sum_dy[first + c] / p.count;
+  for (ptrdiff_t c = 0; c < channels; ++c) {
+    shift[c] = p.sum_dy[first + c] / p.count;
+    slope[c] = p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count;
+  }
+  for (ptrdiff_t c = 0; scaled && c < channels; ++c) slope[c] /= unit[c];
   const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift[c]); };
-  const auto slope = [&](ptrdiff_t c) {
-    return p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count;
-  };
   fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(scale_of(p, first + c)); },
             table->row(kScale));
-  fill_line(grid, channels, shift_hi, table->row(kShiftHi));
-  fill_line(grid, channels, [&](ptrdiff_t c) { return shift[c] - shift_hi(c); },
-            table->row(kShiftLo));
-  if (scaled)
-    fill_line(grid, channels, [&](ptrdiff_t c) { return slope(c) / unit[c]; }, table->row(kSlope));
-  else
-    fill_line(grid, channels, slope, table->row(kSlope));
+  fill_line(grid, channels, shift_hi, table->row(kShift));
+  fill_line(grid, channels, [&](ptrdiff_t c) {
+    return (shift[c] - shift_hi(c)) - mean_lo[c] * slope[c];
+  }, table->row(kRest));
+  fill_line(grid, channels, [&](ptrdiff_t c) { return slope[c]; }, table->row(kSlope));
   if (gated) fill_gates(grid, p, group, table);
   return scaled;
 }

@@ -118,11 +118,9 @@ BNCORE_INLINE void keep_bits(uint8_t* p, ptrdiff_t i, uint64_t bits, int count) 
 
 /* z of one channel as the maps compute it. */
 template <class Real> struct Ramp {
-  Real mean_hi, mean_lo, scale, offset, unit;
+  Real mean, scale, offset, unit;
 
-  Real operator()(Real x) const {
-    return fma((x * unit - mean_hi) - mean_lo, scale, offset);
-  }
+  Real operator()(Real x) const { return fma(x * unit - mean, scale, offset); }
 };
 
 /* Floating-point numbers in their order, as integers. */
@@ -187,7 +185,7 @@ template <class T, class Real = typename Element<T>::Real>
 inline void gate_interval(const Gate<T>& gate, const Ramp<Real>& z, Real* low, Real* high) {
   constexpr Real nan = std::numeric_limits<Real>::quiet_NaN();
   const auto guess = [&](Real level) {
-    return ((level - z.offset) / z.scale + (z.mean_hi + z.mean_lo)) / z.unit;
+    return ((level - z.offset) / z.scale + z.mean) / z.unit;
   };
   const auto under = [&](Real x) { return z(x) <= gate.low; };
   const auto over = [&](Real x) { return z(x) >= gate.high; };

@@ -31,6 +31,21 @@ from traffic cimport is_resident, is_streamed, keeps_rows
 cnp.import_array()
 
 
+cdef void reduce_cells(
+    const Grid& grid,
+    const BackwardInput[element]& input,    # dy, x: (N, C, S)
+    const GradientParameters& parameters,
+    double* partial,                        # (blocks, 4, C), scratch
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part of the sums: cell after cell as they lie in memory."""
+    cdef Turns turns
+    cdef ptrdiff_t cell = turns.take(tickets)
+    while cell >= 0:
+        reduce_block(grid, input, parameters, cell % grid.groups, cell // grid.groups, partial)
+        cell = turns.take(tickets)
+
+
 cdef void reduce_all(
     const Grid& grid,
     const BackwardInput[element]& input,    # dy, x: (N, C, S)
@@ -41,12 +56,11 @@ cdef void reduce_all(
     int num_threads,
 ) noexcept nogil:
     """sum dz        sum dz x'        x' = (x - mean) inv_std"""
-    cdef ptrdiff_t cell, group
+    cdef ptrdiff_t group
+    cdef Tickets tickets
+    tickets.hand_out_cells(grid, num_threads, False)
     with parallel(num_threads=num_threads):
-        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
-            reduce_block(
-                grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
-            )
+        reduce_cells(grid, input, parameters, partial, &tickets)
         join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
@@ -275,20 +289,18 @@ cdef void differentiate(
     int num_threads,
 ) noexcept nogil:
     """The same, all sums first."""
-    cdef ptrdiff_t group, cell
+    cdef ptrdiff_t group
     cdef bint stream = is_streamed(grid, sizeof(element))
-    cdef Tickets tickets
-    tickets.hand_out_cells(cells, num_threads, True)
+    cdef Tickets to_sum, to_write
+    to_sum.hand_out_cells(grid, num_threads, False)
+    to_write.hand_out_cells(cells, num_threads, True)
     with parallel(num_threads=num_threads):
-        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
-            reduce_block(
-                grid, input, parameters, cell // grid.blocks, cell % grid.blocks, partial
-            )
+        reduce_cells(grid, input, parameters, partial, &to_sum)
         join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_sums(grid, partial, parameters.inv_std, group, sum_dy, sum_dy_xhat)
         join_team()
-        gradient_cells(cells, input, parameters, stream, output, &tickets)
+        gradient_cells(cells, input, parameters, stream, output, &to_write)
 
 
 cdef void differentiate_small(

@@ -13,8 +13,6 @@
 #ifndef BNCORE_GRID_H
 #define BNCORE_GRID_H
 
-#include <atomic>
-
 #include "sums.h"
 
 namespace bncore {
@@ -22,7 +20,7 @@ namespace bncore {
 constexpr ptrdiff_t kMaxLine = 1024;     // places on a line of columns, half for float64
 constexpr ptrdiff_t kSumLine = 512;      // the same where they are summed
 constexpr ptrdiff_t kLongSumLine = 1024; // and where two arrays are, from memory
-constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels in a group of rows
+constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels of which rows are summed side by side
 constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
 constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
 
@@ -31,6 +29,12 @@ constexpr int kCacheLine = 64; // bytes
 /* Elements of p's cache line that lie before it. */
 template <class T> inline int place_in_line(const T* p) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kCacheLine / sizeof(T));
+}
+
+/* Elements from p to where a cache line begins. */
+template <class T> inline int to_next_line(const T* p) {
+  constexpr int places = kCacheLine / sizeof(T);
+  return (places - place_in_line(p)) % places;
 }
 
 inline ptrdiff_t clamp(ptrdiff_t v, ptrdiff_t low, ptrdiff_t high) {
@@ -50,6 +54,7 @@ struct Grid {
   ptrdiff_t step;                         // blocks begin at multiples of so many positions
   ptrdiff_t room;                         // channels that scratch has room for: all, or a group's
   bool columns, weighted;
+  bool gapless; // lines of columns follow one another without gaps, in all arrays
 
   ptrdiff_t first_channel(ptrdiff_t group) const { return group * width; }
   ptrdiff_t last_channel(ptrdiff_t group) const {
@@ -58,7 +63,7 @@ struct Grid {
   }
   /* Whether one group can be written while another is summed. */
   bool pairs(ptrdiff_t group, ptrdiff_t next) const {
-    return !columns && !weighted && next >= 0 &&
+    return !columns && !weighted && next >= 0 && width <= kMaxRowsWidth &&
            last_channel(group) - first_channel(group) == width &&
            last_channel(next) - first_channel(next) == width;
   }
@@ -66,6 +71,11 @@ struct Grid {
     return block == blocks ? positions : positions * block / blocks / step * step;
   }
   ptrdiff_t group_size() const { return outer * width * inner; } // elements
+
+  /* Whether tiles of lines run on into one another, all alike as whole cache lines see them. */
+  template <class T> bool run_on() const {
+    return gapless && tile * channels % (kCacheLine / static_cast<ptrdiff_t>(sizeof(T))) == 0;
+  }
 
   /* Cut for a given width: groups, segments, and blocks of about `cell` bytes. */
   void cut(ptrdiff_t itemsize, ptrdiff_t cell, ptrdiff_t max_blocks) {
@@ -84,8 +94,8 @@ struct Grid {
 struct Purpose {
   bool weighted; // positions have weights
   bool packed;   // gates are kept as bits: a cell's begin with a byte
-  bool gapless;  // lines of columns follow one another without gaps, in all arrays
-  int arrays;    // that are summed
+  bool gapless;  // n_stride of all arrays is C
+  int arrays;     // that are summed
 };
 
 /* Whether planes are so small, and so many to a channel, that columns serve them better. */
@@ -116,8 +126,11 @@ inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
   return !has_short_lines(channels, 1) ? 1 : best < 8 ? 8 : best / 8 * 8;
 }
 
-/* Bytes in a cell: less than `most` where there would be few of them. */
-inline ptrdiff_t cell_of(ptrdiff_t bytes, ptrdiff_t most) { return clamp(bytes / 4, 1 << 17, most); }
+/* Bytes in a cell: at most so many, and four cells at least where there is more than one. */
+inline ptrdiff_t cell_of(ptrdiff_t bytes, ptrdiff_t most) {
+  constexpr ptrdiff_t small = 128 * 1024;
+  return bytes <= small ? small : clamp(bytes / 4, 1, most);
+}
 
 /* How lines of columns are summed: lines side by side spare the accumulators in memory, but each is
  * a stream of its own, and of those that come from memory a core follows few. */
@@ -133,18 +146,27 @@ struct Strips {
   }
 };
 
-/* The grid for sums. Rows take as many channels at a time as give a page of contiguous memory;
- * columns a line as long as the accumulators' cache bears. */
+/* Channels to a group of rows: as many as give a page of contiguous memory, and of small ones as many
+ * as a first-level cache holds, which spares turns. Where there is one row to a channel it is summed
+ * by itself, so that no accumulators limit their number. */
+inline ptrdiff_t rows_width(ptrdiff_t outer, ptrdiff_t inner, ptrdiff_t itemsize) {
+  constexpr ptrdiff_t page = 4096, cached = 16 * 1024;
+  const ptrdiff_t row = inner * itemsize, in_page = (page + row - 1) / row;
+  const ptrdiff_t in_cache = cached / (outer * row);
+  return clamp(in_page < in_cache ? in_cache : in_page, 1, outer == 1 ? 64 : kMaxRowsWidth);
+}
+
+/* The grid for sums. Columns take a line as long as the accumulators' cache bears. */
 inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                      Purpose purpose) {
-  constexpr ptrdiff_t page = 4096, max_blocks = 64;
+  constexpr ptrdiff_t max_blocks = 64;
   const ptrdiff_t bytes = outer * channels * inner * itemsize;
   const ptrdiff_t cell = cell_of(bytes, 256 * 1024);
   const Strips strips = Strips::of(channels * inner, itemsize, bytes, purpose);
   Grid grid = uncut(outer, channels, inner, purpose);
   grid.strip = strips.lines;
   if (!grid.columns) {
-    grid.width = clamp((page + inner * itemsize - 1) / (inner * itemsize), 1, kMaxRowsWidth);
+    grid.width = rows_width(outer, inner, itemsize);
   } else if (inner > 1) {
     grid.width = planes_in(strips.line, inner);
   } else {
@@ -176,7 +198,8 @@ inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
     grid.width = planes_in(max_line(itemsize), inner);
   } else {
     grid.width = max_line(itemsize);
-    if (channels < kPacked || (purpose.gapless && channels <= grid.width))
+    grid.gapless = purpose.gapless && channels <= grid.width;
+    if (channels < kPacked || grid.gapless)
       grid.tile = tile_of(clamp(line_tile(channels, itemsize), 1, outer), channels, purpose);
   }
   grid.cut(itemsize, cell, outer * inner);

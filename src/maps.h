@@ -2,12 +2,13 @@
  *
  *   Normalize      y  = act(z)
  *   JustGate       dz = act'(z) dy
- *   Gradient       dx = scale ((dz - shift_hi) - shift_lo - ((x - mean_hi) - mean_lo) slope)
+ *   Gradient       dx = scale ((dz - shift) - (x - mean) slope - rest)
  *   FixedGradient  dx = scale dz
  *
- * z is in activations.h. The mean is subtracted in two steps, hi then lo, and never folded into
- * the offset: x - mean_hi is exact or nearly so where x is near the mean, which is where a x + b
- * would cancel.
+ * z is in activations.h. A table's mean is rounded to the type of the maps, and what was lost, mean_lo,
+ * is part of the offset or the rest: elements are of that type too, so that x - mean is 0, where the
+ * offset is exact, or at least as large as mean_lo. The mean itself is never folded into the offset:
+ * x - mean is exact or nearly so where x is near the mean, which is where a x + b would cancel.
  */
 #ifndef BNCORE_MAPS_H
 #define BNCORE_MAPS_H
@@ -60,7 +61,7 @@ struct Gradient : OneStep<T> {
   static constexpr int kArrays = 2;
   Source source;
   const T* x;
-  Coefficient<T> mean_hi, mean_lo, shift_hi, shift_lo, slope, scale, unit;
+  Coefficient<T> mean, shift, rest, slope, scale, unit;
   Weigh weigh;
 
   void prefetch(ptrdiff_t i, ptrdiff_t n) const {
@@ -70,11 +71,11 @@ struct Gradient : OneStep<T> {
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     Vec v = load_as<Vec, Whole>(x + i, k);
     if (Scaled) v *= unit.at(i);
-    const Vec d = (v - mean_hi.at(i)) - mean_lo.at(i), dz = source.template dz<Vec, Whole>(i, k);
-    const Vec hi = weigh.template times<Whole>(shift_hi.at(i), i, k);
-    const Vec lo = weigh.template times<Whole>(shift_lo.at(i), i, k);
+    const Vec d = v - mean.at(i), dz = source.template dz<Vec, Whole>(i, k);
+    const Vec its_shift = weigh.template times<Whole>(shift.at(i), i, k);
+    const Vec its_rest = weigh.template times<Whole>(rest.at(i), i, k);
     const Vec wd = weigh.template times<Whole>(d, i, k);
-    const Vec dx = fma(-wd, slope.at(i), (dz - hi) - lo) * scale.at(i);
+    const Vec dx = (fma(-wd, slope.at(i), dz - its_shift) - its_rest) * scale.at(i);
     return weigh.template unmasked<Whole>(dx, i, k);
   }
 };
@@ -157,16 +158,18 @@ BNCORE_INLINE void write_cached(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n
   E::store_part(out + i, map.template finish<false>(v[0], i, k), k);
 }
 
-/* Write what stands before the first line that is the row's own; the number of those elements. */
+/* Write the elements from i on that stand before the first line that is the row's own; the next. */
 template <class T, class Map>
-BNCORE_INLINE ptrdiff_t write_first_line(const Map& map, T* out, ptrdiff_t n, Seam<T>* seam) {
-  const int place = place_in_line(out);
-  if (place == 0) return 0;
-  const int rest = Seam<T>::kPlaces - place, count = rest < n ? rest : static_cast<int>(n);
-  seam->open(out - place, place, place + count);
-  write_cached(map, seam->line + place, 0, count);
+BNCORE_INLINE ptrdiff_t write_first_line(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n,
+                                         Seam<T>* seam) {
+  const int place = place_in_line(out + i);
+  if (place == 0) return i;
+  const ptrdiff_t rest = Seam<T>::kPlaces - place, left = n - i;
+  const int count = static_cast<int>(rest < left ? rest : left);
+  seam->open(out + i - place, place, place + count);
+  write_cached(map, seam->line + place - i, i, i + count);
   seam->close(place, place + count);
-  return count;
+  return i + count;
 }
 
 /* Write the elements from i, which begins a line, to n: whole lines past the cache. */
@@ -190,13 +193,14 @@ template <class T> inline int head_of(const T* out, ptrdiff_t n) {
   return past && n >= 2 * lanes ? lanes - past / static_cast<int>(sizeof(T)) : 0;
 }
 
-/* Write the first elements of a row, up to where whole vectors can be stored; their number. */
+/* Write the elements from i on up to where whole vectors can be stored; the next. */
 template <bool Stream, class T, class Map>
-BNCORE_INLINE ptrdiff_t write_head(const Map& map, T* out, ptrdiff_t n, Seam<T>* seam) {
-  if (Stream) return write_first_line(map, out, n, seam);
-  const int head = head_of(out, n);
-  write_cached(map, out, 0, head);
-  return head;
+BNCORE_INLINE ptrdiff_t write_head(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n,
+                                   Seam<T>* seam) {
+  if (Stream) return write_first_line(map, out, i, n, seam);
+  const ptrdiff_t start = i + head_of(out + i, n - i);
+  write_cached(map, out, i, start);
+  return start;
 }
 
 template <bool Stream, class T, class Map>
@@ -205,13 +209,13 @@ BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, 
   else write_cached(map, out, i, n);
 }
 
-/* Write n elements of the map to `out`, whole lines past the cache where Stream says so; what is
- * read then comes from memory, one row after the other. */
+/* Write elements [i, n) of the map to `out`, whole lines past the cache where Stream says so; what
+ * is read then comes from memory, one row after the other. */
 template <bool Stream, class T, class Map>
-inline void write_row(const Map& map, T* out, ptrdiff_t n, Seam<T>* seam) {
+inline void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, Seam<T>* seam) {
   constexpr int unroll = 4, turn = unroll * Element<T>::kLanes;
   constexpr ptrdiff_t ahead = kFetchAhead / (Map::kArrays * sizeof(T));
-  ptrdiff_t i = write_head<Stream>(map, out, n, seam);
+  i = write_head<Stream>(map, out, i, n, seam);
   for (; i + turn <= n; i += turn) {
     if (Stream) map.prefetch(i + ahead, turn);
     write_vectors<Stream, unroll>(map, out, i);
@@ -228,7 +232,7 @@ inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdif
   constexpr int lanes = Element<T>::kLanes, unroll = kStep / lanes < 4 ? 4 : kStep / lanes;
   constexpr int turn = unroll * lanes;
   static_assert(turn % kStep == 0, "a turn of the map is whole steps of the sums");
-  ptrdiff_t i = write_head<Stream>(map, out, n, seam), j = 0;
+  ptrdiff_t i = write_head<Stream>(map, out, 0, n, seam), j = 0;
   Accumulator local = *sums;
   for (; i + turn <= n; i += turn, j += turn) {
 #pragma GCC unroll 4

@@ -28,6 +28,7 @@ from blocks cimport (
     join_team, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
     workspace_of, workspace_size,
 )
+from cells cimport sum_cells
 from running cimport movable, move_running
 from traffic cimport is_resident, is_streamed, keeps_rows
 
@@ -176,24 +177,21 @@ cdef void normalize_batch(
     int num_threads,
 ) noexcept nogil:
     """The same, all sums first."""
-    cdef ptrdiff_t c, group, cell
+    cdef ptrdiff_t c, group
     cdef bint stream = is_streamed(grid, sizeof(element))
-    cdef Tickets tickets
-    tickets.hand_out_cells(cells, num_threads, True)
+    cdef Tickets to_sum, to_write
+    to_sum.hand_out_cells(grid, num_threads, False)
+    to_write.hand_out_cells(cells, num_threads, True)
     with parallel(num_threads=num_threads):
         for c in prange(grid.channels, schedule="static"):
             work.shift[c] = pilot(grid, input.x, input.weights, c)
         join_team()
-        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
-            moments_block(
-                grid, input.x, input.weights, work.shift, cell // grid.blocks,
-                cell % grid.blocks, work.partial, input.keep,
-            )
+        sum_cells(grid, input.x, input.weights, work.shift, work.partial, &to_sum)
         join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_group(grid, input, eps, group, work, stats)
         join_team()
-        normalize_cells(cells, input, parameters, stream, y, &tickets)
+        normalize_cells(cells, input, parameters, stream, y, &to_write)
 
 
 cdef void normalize_small(

@@ -110,8 +110,8 @@ template <class T> struct LatentGradient {
 
   template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     typedef Latent<T, Pick::template Coefficient, true, true> Z;
-    const Z z = {x.at(n, c) + s,  residual.at(n, c) + s, pick(kMeanHi), pick(kMeanLo),
-                 pick(kScale), pick(kOffset), pick(kUnit)};
+    const Z z = {x.at(n, c) + s, residual.at(n, c) + s, pick(kMean), pick(kScale), pick(kOffset),
+                 pick(kUnit)};
     return LatentSource<T, Z>{dy.at(n, c) + s, z, gate};
   }
 };
@@ -281,7 +281,7 @@ BNCORE_OWN_FRAME void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_
   constexpr ptrdiff_t chain = kChunk<T> / 8; // rows summed before a fold
   constexpr ptrdiff_t rows_spread = sizeof(typename Terms::Positions::Value) == 1 ? 16 : 4;
   Spread<typename Terms::Positions, rows_spread, kSumLine> spread;
-  double constants[2][kLongSumLine + kPad], line[2][kLongSumLine + kPad];
+  alignas(kVectorBytes) double constants[2][kLongSumLine + kPad], line[2][kLongSumLine + kPad];
   terms.lines(grid, first, last, constants[0], constants[1]);
   const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
   ptrdiff_t n = grid.first_position(block);

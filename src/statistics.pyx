@@ -15,9 +15,10 @@ from arguments cimport (
     FLOAT16, FLOAT32, FLOAT64, Kind, Shape, kind_of, read_only, room, shape_of, view_of, weights_of,
 )
 from blocks cimport (
-    BFloat16, Grid, Half, Purpose, Scratch, View, Weights, Workspace, element, finish_moments,
-    join_team, moments_block, pilot, sum_grid, workspace_of, workspace_size,
+    BFloat16, Grid, Half, Purpose, Scratch, Tickets, View, Weights, Workspace, element,
+    finish_moments, join_team, pilot, sum_grid, workspace_of, workspace_size,
 )
+from cells cimport sum_cells
 from running cimport movable, move_running
 
 cnp.import_array()
@@ -33,16 +34,14 @@ cdef void compute_moments(
     int num_threads,
 ) noexcept nogil:
     """mean = sum w x / sum w        m2 = sum w (x - mean)^2"""
-    cdef ptrdiff_t cell, group, c
+    cdef ptrdiff_t group, c
+    cdef Tickets tickets
+    tickets.hand_out_cells(grid, num_threads, False)
     with nogil, parallel(num_threads=num_threads):
         for c in prange(grid.channels, schedule="static"):
             work.shift[c] = pilot(grid, x, weights, c)
         join_team()
-        for cell in prange(grid.groups * grid.blocks, schedule="dynamic"):
-            moments_block(
-                grid, x, weights, work.shift, cell // grid.blocks, cell % grid.blocks,
-                work.partial, <element*> NULL,
-            )
+        sum_cells(grid, x, weights, work.shift, work.partial, &tickets)
         join_team()
         for group in prange(grid.groups, schedule="static"):
             finish_moments(

@@ -170,18 +170,39 @@ struct Product {
   Wide first, factor;
 };
 
+/* Vectors of a row of columns that are taken together: a cache line or two. */
+constexpr int kStripVectors = 4;
+
+/* Fetches what is read next, row after row in the order of memory, which is what the hardware's own
+ * prefetchers follow; strips by themselves go from row to row. One array to the second level, which
+ * has more lines under way at a time than the first; two are mostly no faster so. */
+template <class T, int Arrays, int Level> struct Ahead {
+  static constexpr ptrdiff_t kElements = kFetchAhead / (Arrays * sizeof(T));
+  static constexpr ptrdiff_t kWidth = kStripVectors * kWide;
+  const T* rows[Arrays];
+  ptrdiff_t strides[Arrays], place = 0;
+
+  BNCORE_INLINE void step(ptrdiff_t places) {
+#pragma GCC unroll 2
+    for (const T* row : rows) prefetch_lines<Level>(row + place, kWidth);
+    place += kWidth;
+    if (place + kWidth <= places) return;
+    place = 0;
+#pragma GCC unroll 2
+    for (int a = 0; a < Arrays; ++a) rows[a] += strides[a];
+  }
+};
+
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
-  static constexpr ptrdiff_t kAhead = kFetchAhead / sizeof(T);
+  typedef Ahead<T, 1, kSecondLevel> Fetched;
   const T* x;
   ptrdiff_t x_stride;
   const double *shift, *unit;
   Lines<Weigh> weights;
 
-  template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
-    prefetch_lines<kSecondLevel>(x + row * x_stride + c, Width);
-  }
+  Fetched ahead(ptrdiff_t row) const { return {{x + row * x_stride}, {x_stride}}; }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide v = load_wide<Whole>(x + row * x_stride + c, k);
@@ -193,7 +214,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
 };
 
 template <class T, class Source, class Weigh> struct ColumnGradientTerms {
-  static constexpr ptrdiff_t kAhead = kFetchAhead / (2 * sizeof(T));
+  typedef Ahead<T, 2, kFirstLevel> Fetched;
   typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
@@ -202,9 +223,8 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   const double* mean_lo;
   Lines<Weigh> weights;
 
-  template <ptrdiff_t Width> void prefetch(ptrdiff_t row, ptrdiff_t c) const {
-    prefetch_lines(x + row * strides.x + c, Width);
-    prefetch_lines(source.dy + row * strides.dy + c, Width);
+  Fetched ahead(ptrdiff_t row) const {
+    return {{x + row * strides.x, source.dy + row * strides.dy}, {strides.x, strides.dy}};
   }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
@@ -216,34 +236,14 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   }
 };
 
-/* Vectors of a row of columns that are taken together: a cache line or two. */
-constexpr int kStripVectors = 4;
-
-/* Fetches what is read next, line after line in the order of memory, which is what the hardware's
- * own prefetchers follow; strips by themselves go from row to row. One array to the second level,
- * which has more lines under way at a time than the first; two are mostly no faster so. */
-template <class Terms> struct Fetcher {
-  static constexpr ptrdiff_t kWidth = kStripVectors * kWide;
-  const Terms& terms;
-  ptrdiff_t row, places, place;
-
-  BNCORE_INLINE void step() {
-    terms.template prefetch<kWidth>(row, place);
-    place += kWidth;
-    if (place + kWidth > places) {
-      place = 0;
-      ++row;
-    }
-  }
-};
-
 /* Add a strip, Vectors vectors wide from place c on, of rows [row, row + rows). */
 template <int Vectors, bool Whole, class Terms>
 BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t c, int k,
-                             Fetcher<Terms>* fetcher, double* first, double* second) {
+                             ptrdiff_t places, typename Terms::Fetched* ahead, double* first,
+                             double* second) {
   Wide one[Vectors] = {}, two[Vectors] = {};
   for (ptrdiff_t r = row; r < row + rows; ++r) {
-    if (Vectors == kStripVectors) fetcher->step();
+    if (Vectors == kStripVectors) ahead->step(places);
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const Product p = terms.template at<Whole>(r, c + v * kWide, k);
@@ -265,14 +265,14 @@ template <class Terms>
 inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t places,
                        ptrdiff_t rows_ahead, double* first, double* second) {
   constexpr ptrdiff_t wide = kStripVectors * kWide;
-  Fetcher<Terms> fetcher = {terms, row + rows_ahead, places, 0};
+  typename Terms::Fetched ahead = terms.ahead(row + rows_ahead);
   ptrdiff_t c = 0;
   for (; c + wide <= places; c += wide)
-    add_strip<kStripVectors, true>(terms, row, rows, c, kWide, &fetcher, first, second);
+    add_strip<kStripVectors, true>(terms, row, rows, c, kWide, places, &ahead, first, second);
   for (; c + kWide <= places; c += kWide)
-    add_strip<1, true>(terms, row, rows, c, kWide, &fetcher, first, second);
+    add_strip<1, true>(terms, row, rows, c, kWide, places, &ahead, first, second);
   if (c < places)
-    add_strip<1, false>(terms, row, rows, c, static_cast<int>(places - c), &fetcher, first,
+    add_strip<1, false>(terms, row, rows, c, static_cast<int>(places - c), places, &ahead, first,
                         second);
 }
 
@@ -281,7 +281,7 @@ inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff
 template <class Terms>
 inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, ptrdiff_t strip,
                         double* first, double* second) {
-  const ptrdiff_t rows_ahead = (Terms::kAhead / places / strip + 1) * strip;
+  const ptrdiff_t rows_ahead = (Terms::Fetched::kElements / places / strip + 1) * strip;
   for (ptrdiff_t row = 0; row < rows; row += strip)
     add_strips(terms, row, row + strip < rows ? strip : rows - row, places, rows_ahead, first,
                second);
