@@ -1,4 +1,4 @@
-"""Each way through a tensor, from any place in a cache line; most of all those stored past the caches.
+"""Each way through a tensor, from any place in a cache line; most of all those past the caches.
 
 Results are compared with the NumPy reference's, and with one another, to the bit, from whatever
 place arrays begin and whatever they are written over.
