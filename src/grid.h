@@ -126,10 +126,13 @@ inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
   return !has_short_lines(channels, 1) ? 1 : best < 8 ? 8 : best / 8 * 8;
 }
 
-/* Bytes in a cell: at most so many, and four cells at least where there is more than one. */
-inline ptrdiff_t cell_of(ptrdiff_t bytes, ptrdiff_t most) {
-  constexpr ptrdiff_t small = 128 * 1024;
-  return bytes <= small ? small : clamp(bytes / 4, 1, most);
+/* Bytes in a cell: at most so many; four cells at least where there is more than one, but for columns
+ * of few lines, as each cell finds the coefficients of all its channels. */
+inline ptrdiff_t cell_of(const Grid& grid, ptrdiff_t itemsize, ptrdiff_t most) {
+  constexpr ptrdiff_t small = 128 * 1024, few = 512;
+  const ptrdiff_t bytes = grid.outer * grid.channels * grid.inner * itemsize;
+  const bool large = bytes <= small || (grid.columns && grid.outer < few);
+  return clamp(bytes / 4, large ? small : 1, most);
 }
 
 /* How lines of columns are summed: lines side by side spare the accumulators in memory, but each is
@@ -161,9 +164,9 @@ inline Grid sum_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdi
                      Purpose purpose) {
   constexpr ptrdiff_t max_blocks = 64;
   const ptrdiff_t bytes = outer * channels * inner * itemsize;
-  const ptrdiff_t cell = cell_of(bytes, 256 * 1024);
   const Strips strips = Strips::of(channels * inner, itemsize, bytes, purpose);
   Grid grid = uncut(outer, channels, inner, purpose);
+  const ptrdiff_t cell = cell_of(grid, itemsize, 256 * 1024);
   grid.strip = strips.lines;
   if (!grid.columns) {
     grid.width = rows_width(outer, inner, itemsize);
@@ -190,8 +193,8 @@ inline ptrdiff_t line_tile(ptrdiff_t channels, ptrdiff_t itemsize) {
 inline Grid map_grid(ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t itemsize,
                      Purpose purpose) {
   const ptrdiff_t most = (inner == 1 ? 512 : 128) * 1024; // columns have a table to fill
-  const ptrdiff_t cell = cell_of(outer * channels * inner * itemsize, most);
   Grid grid = uncut(outer, channels, inner, purpose);
+  const ptrdiff_t cell = cell_of(grid, itemsize, most);
   if (!grid.columns) {
     grid.width = clamp(cell / (inner * itemsize), 1, max_line(itemsize));
   } else if (inner > 1) {
