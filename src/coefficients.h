@@ -98,19 +98,22 @@ template <class Real> inline double unit_of(double mean, double inv_std) {
   const double large = std::ldexp(1.0, most), small = 1 / large;
   const double deviation = 1 / inv_std, offset = std::fabs(mean);
   double size = offset > deviation ? offset : deviation;
+  int greatest = 2 * most; // a Real itself
   if (size >= small && size < large) {
-    /* With eps above the variance, a tiny mean may still be all there is. */
+    /* With eps above the variance, a tiny mean may still be all there is. If it is not, x may be as
+     * large as deviations are, and must not overflow. */
     if (offset >= small || offset == 0 || deviation > 0x1p20) return 1;
-    size = offset;
+    size = offset, greatest = most - std::ilogb(deviation);
   }
   if (!(size > 0 && std::isfinite(size))) return 1;
   int exponent;
   std::frexp(size, &exponent);
   const int power = (exponent > 0 ? most : -most) - exponent;
-  return std::ldexp(1.0, power < 2 * most ? power : 2 * most); // a Real itself
+  return std::ldexp(1.0, power < greatest ? power : greatest);
 }
 
-/* The nearest finite Real to a scale, lest it make a NaN of x - mean = 0; a NaN stays one. */
+/* The nearest finite Real to a coefficient, lest it make a NaN of x - mean = 0 or of a product beyond
+ * Real; a NaN stays one. */
 template <class Real> inline double finite(double scale) {
   constexpr double most = std::numeric_limits<Real>::max();
   return scale > most ? most : scale < -most ? -most : scale;
@@ -141,10 +144,10 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<Real>(mean[c], inv_std[c]);
   Real hi[max_line(sizeof(T))];
   for (ptrdiff_t c = 0; c < channels; ++c) {
-    hi[c] = static_cast<Real>(mean[c] * unit[c]);
-    mean_lo[c] = mean[c] * unit[c] - hi[c];
+    const double its_lo = p.mean_lo ? p.mean_lo[first + c] : 0;
+    hi[c] = static_cast<Real>((mean[c] + its_lo) * unit[c]);
+    mean_lo[c] = (mean[c] * unit[c] - hi[c]) + its_lo * unit[c];
   }
-  for (ptrdiff_t c = 0; p.mean_lo && c < channels; ++c) mean_lo[c] += p.mean_lo[first + c] * unit[c];
   fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row(kMean));
   if (scaled) fill_line(grid, channels, [&](ptrdiff_t c) { return unit[c]; }, table->row(kUnit));
   return scaled;
@@ -170,7 +173,7 @@ inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t grou
   for (ptrdiff_t c = 0; c < channels; ++c) scale[c] = finite<Real>(scale[c]);
   fill_line(grid, channels, [&](ptrdiff_t c) { return scale[c]; }, table->row(kScale));
   fill_line(grid, channels, [&](ptrdiff_t c) {
-    return (p.beta ? p.beta[first + c] : 0) - mean_lo[c] * scale[c];
+    return (p.beta ? p.beta[first + c] : 0) - finite<Real>(mean_lo[c] * scale[c]);
   }, table->row(kOffset));
   return scaled;
 }
@@ -207,7 +210,7 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
             table->row(kScale));
   fill_line(grid, channels, shift_hi, table->row(kShift));
   fill_line(grid, channels, [&](ptrdiff_t c) {
-    return (shift[c] - shift_hi(c)) - mean_lo[c] * slope[c];
+    return (shift[c] - shift_hi(c)) - finite<Real>(mean_lo[c] * slope[c]);
   }, table->row(kRest));
   fill_line(grid, channels, [&](ptrdiff_t c) { return slope[c]; }, table->row(kSlope));
   if (gated) fill_gates(grid, p, group, table);

@@ -35,6 +35,35 @@ def test_the_mean_itself_gives_beta_exactly(backend, mean, dtype):
     assert (np.moveaxis(y, 1, -1) == beta).all()
 
 
+@pytest.mark.parametrize("layout", MEMORY)
+@pytest.mark.parametrize(
+    ("mean", "x"), [(1e-300, 300), (1e-38, 1e19), (-1e-40, 1e15), (1e-25, -7e17)]
+)
+def test_a_tiny_mean_and_a_large_x(backend, mean, x, layout):
+    """A unit that lifts the mean must not lift x beyond the largest number."""
+    values = in_layout(np.full((64, 3, 40), x, np.float32), layout)
+    y = bncore.batch_norm_inference(values, np.full(3, mean), np.ones(3))
+    np.testing.assert_allclose(y, np.float32(x) / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_beyond_the_largest_number_the_sign_is_that_of_the_result(backend, sign, layout):
+    """What rounding left of the mean, times the scale, is beyond it too, and of the other sign."""
+    x = in_layout(np.full((8, 3, 40), np.nextafter(np.float32(1e9), np.float32(2e9))), layout)
+    gamma = np.full(3, sign * 3e38)
+    y = bncore.batch_norm_inference(x, np.full(3, 1e9 + 28), np.full(3, 1e-3), gamma)
+    assert (y == sign * np.inf).all()
+
+
+def test_only_the_sum_of_a_means_parts_counts(backend):
+    x = (normal(1, (50, 3)) + 1e6).astype(np.float32)
+    var = np.ones(3)
+    expected = bncore.batch_norm_inference(x, np.full(3, 1000000.25), var)
+    y = bncore.batch_norm_inference(x, np.full(3, 999900.0), var, mean_lo=np.full(3, 100.25))
+    assert_within(y, expected, rounding(np.abs(expected), np.float32), "y")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("layout", MEMORY)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
