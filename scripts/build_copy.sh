@@ -16,11 +16,12 @@ optimize=$(printf '"%s", ' ${OPTIMIZE:--O1 -g1})
 sed -i "s/\"-O3\", \"-g0\", /$optimize/; s/force=self.force,/force=self.force, emit_linenums=True,/" setup.py
 if [ -n "${PLANT_RACE:-}" ]; then
   load='ptrdiff_t load(std::memory_order) { return value; }'
+  store='void store(ptrdiff_t to, std::memory_order) { value = to; }'
   exchange='bool compare_exchange_weak(ptrdiff_t\& old, ptrdiff_t next, std::memory_order) {'
   exchange="$exchange if (value != old) { old = value; return false; } value = next; return true; }"
-  sed -i "s/std::atomic<ptrdiff_t> taken{0};/struct { ptrdiff_t value = 0; $load $exchange } taken;/" \
-    src/*.h
-  grep -q "ptrdiff_t value = 0;" src/*.h
+  sed -i "s/std::atomic<ptrdiff_t> taken;/struct { ptrdiff_t value; $load $store $exchange } taken;/" \
+    src/tickets.h
+  grep -q "ptrdiff_t value;" src/tickets.h
 fi
 # clang before 16 does not know the names of levels.
 case ${CC:-} in clang*) sed -i 's/__builtin_cpu_supports("x86-64-v[234]")/1/' src/runtime.h ;; esac
