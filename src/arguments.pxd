@@ -175,39 +175,97 @@ cdef inline cnp.ndarray copy_of(cnp.ndarray x):
     return copy
 
 
-cdef inline const double* as_doubles(object parameter, double* converted) noexcept:
-    """A plain parameter's values: its own memory if float64, else converted; NULL for None."""
+cdef struct Values:
+    # A plain parameter's, one per channel: either is NULL, and both are for None.
+    const float* floats
+    const double* doubles
+
+
+cdef inline Values values_of(object parameter) noexcept:
+    """A plain parameter, or None, without its Python object."""
+    cdef Values values
+    values.floats = NULL
+    values.doubles = NULL
     if parameter is None:
-        return NULL
+        return values
     cdef cnp.ndarray array = <cnp.ndarray> parameter
     if cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
-        return <const double*> cnp.PyArray_DATA(array)
-    cdef const float* values = <const float*> cnp.PyArray_DATA(array)
-    cdef ptrdiff_t i
-    for i in range(cnp.PyArray_SIZE(array)):
-        converted[i] = values[i]
+        values.doubles = <const double*> cnp.PyArray_DATA(array)
+    else:
+        values.floats = <const float*> cnp.PyArray_DATA(array)
+    return values
+
+
+cdef inline const double* from_channel(const double* values, ptrdiff_t first) noexcept nogil:
+    """What is indexed by channel, of values from channel `first` on; NULL stays NULL."""
+    if values == NULL:
+        return NULL
+    return values - first
+
+
+cdef inline const double* as_doubles(
+    const Values& values, ptrdiff_t first, ptrdiff_t last, double* converted
+) noexcept nogil:
+    """The values of channels [first, last): their own memory if float64, else converted."""
+    cdef ptrdiff_t c
+    if values.floats == NULL:
+        if values.doubles == NULL:
+            return NULL
+        return values.doubles + first
+    for c in range(first, last):
+        converted[c - first] = values.floats[c]
     return converted
 
 
-cdef inline bint read_fixed(
-    object mean, object var, object gamma, object beta, double eps, ptrdiff_t channels,
-    double* converted,                      # (5, C), scratch
-    NormalizeParameters* parameters,
+cdef struct FixedStatistics:
+    # Mean and variance that are given, and the parameters, as the caller has them.
+    Values mean, var, gamma, beta
+    double eps
+
+
+cdef inline FixedStatistics fixed_of(
+    object mean, object var, object gamma, object beta, double eps
 ) noexcept:
-    """Parameters that are `plain_fixed`, as a map takes them; False for a negative variance."""
-    cdef const double* variances = as_doubles(var, converted + channels)
-    cdef double* inv_std = converted + 4 * channels
+    """What is `plain_fixed`, without its Python objects."""
+    cdef FixedStatistics fixed
+    fixed.mean, fixed.var = values_of(mean), values_of(var)
+    fixed.gamma, fixed.beta = values_of(gamma), values_of(beta)
+    fixed.eps = eps
+    return fixed
+
+
+cdef inline bint any_negative(const Values& values, ptrdiff_t channels) noexcept nogil:
     cdef bint negative = False
     cdef ptrdiff_t c
+    if values.floats != NULL:
+        for c in range(channels):
+            negative |= values.floats[c] < 0
+    else:
+        for c in range(channels):
+            negative |= values.doubles[c] < 0
+    return negative
+
+
+cdef inline NormalizeParameters read_fixed(
+    const FixedStatistics& fixed, ptrdiff_t first, ptrdiff_t last,
+    double* converted,                      # (5, last - first), scratch
+) noexcept nogil:
+    """The parameters of channels [first, last), as a map takes them."""
+    cdef ptrdiff_t c, channels = last - first
+    cdef NormalizeParameters parameters
+    cdef const double* var = as_doubles(fixed.var, first, last, converted)
+    cdef double* inv_std = converted + channels
     for c in range(channels):
-        negative |= variances[c] < 0
-        inv_std[c] = 1 / sqrt(variances[c] + eps)
-    parameters.mean = as_doubles(mean, converted)
+        inv_std[c] = 1 / sqrt(var[c] + fixed.eps)
+    converted += 2 * channels
+    parameters.mean = from_channel(as_doubles(fixed.mean, first, last, converted), first)
     parameters.mean_lo = NULL
-    parameters.inv_std = inv_std
-    parameters.gamma = as_doubles(gamma, converted + 2 * channels)
-    parameters.beta = as_doubles(beta, converted + 3 * channels)
-    return not negative
+    parameters.inv_std = from_channel(inv_std, first)
+    converted += channels
+    parameters.gamma = from_channel(as_doubles(fixed.gamma, first, last, converted), first)
+    converted += channels
+    parameters.beta = from_channel(as_doubles(fixed.beta, first, last, converted), first)
+    return parameters
 
 
 cdef inline object gradient_like(object parameter):

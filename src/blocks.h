@@ -17,9 +17,10 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
   Spread<Positions, 1, max_line(sizeof(T))> spread;
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
   const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
-  write_row<Writer::kStream>(writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)),
-                             writer.out.at(t, c), done, count * channels * grid.inner + over,
-                             Writer::kStream ? seams->of(grid, t) : nullptr);
+  /* The first level is half full of coefficients. */
+  write_row<Writer::kStream, kSecondLevel>(
+      writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)), writer.out.at(t, c), done,
+      count * channels * grid.inner + over, Writer::kStream ? seams->of(grid, t) : nullptr);
 }
 
 /* Write every line of a cell of columns; where they run on, each up to the first cache line that
@@ -49,7 +50,7 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
     const Piece piece = Piece::at(grid, t);
     const auto weigh = writer.weights.row(piece.n, piece.s);
     for (ptrdiff_t c = first; c < last; ++c)
-      write_row<Writer::kStream>(
+      write_row<Writer::kStream, kFirstLevel>(
           writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh),
           writer.out.at(piece.n, c) + piece.s, 0, piece.length,
           Writer::kStream ? seams->of(grid, piece.n) : nullptr);

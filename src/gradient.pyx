@@ -14,11 +14,11 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_of, epilogue_of,
-    equal_weights, fill_gradient, fresh_like, gradient_like, is_small, kind_of, no_epilogue,
-    plain_fixed, plain_input, plain_like, plain_output, plain_parameter, plain_view,
-    plain_view_or_none, pointer, read_fixed, read_only, room, same_or_apart, shape_of, view_of,
-    weights_of,
+    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, as_doubles,
+    bits_of, epilogue_of, equal_weights, fill_gradient, fixed_of, fresh_like, gradient_like,
+    is_small, kind_of, no_epilogue, plain_fixed, plain_input, plain_like, plain_output,
+    plain_parameter, plain_view, plain_view_or_none, pointer, read_fixed, read_only, room,
+    same_or_apart, shape_of, values_of, view_of, weights_of,
 )
 from blocks cimport (
     GATES_AT_ONCE, BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid,
@@ -626,10 +626,10 @@ def fixed_backward_plain(
     cdef double* converted = room(scratch, 8 * channels)
     cdef double* sums = converted + 6 * channels
     cdef GradientParameters parameters
-    if not read_fixed_gradient(
-        mean, var, gamma, beta, PyFloat_AS_DOUBLE(eps), channels, converted, &parameters
-    ):
+    cdef FixedStatistics fixed = fixed_of(mean, var, gamma, beta, PyFloat_AS_DOUBLE(eps))
+    if any_negative(fixed.var, channels):
         return None
+    parameters = read_fixed_gradient(fixed, channels, converted)
     cdef Epilogue epilogue = epilogue_of(activation)
     cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
     # Whatever can fail comes before the kernel, which may write over x or dy.
@@ -652,22 +652,20 @@ def fixed_backward_plain(
     return result
 
 
-cdef inline bint read_fixed_gradient(
-    object mean, object var, object gamma, object beta, double eps, ptrdiff_t channels,
+cdef inline GradientParameters read_fixed_gradient(
+    const FixedStatistics& fixed, ptrdiff_t channels,
     double* converted,                      # (6, C), scratch
-    GradientParameters* parameters,
 ) noexcept:
     """`read_fixed` for a gradient."""
-    cdef NormalizeParameters given
+    cdef GradientParameters parameters
+    cdef NormalizeParameters given = read_fixed(fixed, 0, channels, converted)
     cdef double* mean_lo = converted + 5 * channels
     cdef ptrdiff_t c
-    if not read_fixed(mean, var, gamma, beta, eps, channels, converted, &given):
-        return False
     for c in range(channels):
         mean_lo[c] = 0
     parameters.mean, parameters.mean_lo, parameters.inv_std = given.mean, mean_lo, given.inv_std
     parameters.gamma, parameters.beta = given.gamma, given.beta
-    return True
+    return parameters
 
 
 cdef int fixed_plain_as(
@@ -839,8 +837,10 @@ def backward_plain(dy, x, tuple record not None, bint with_dz, out, int num_thre
     cdef double* converted = room(scratch, 4 * shape.channels)
     cdef double* sums = converted + 2 * shape.channels
     cdef const double* statistics = <const double*> cnp.PyArray_DATA(<cnp.ndarray> stats)
-    cdef const double* gammas = as_doubles(gamma, converted)
-    cdef const double* betas = as_doubles(beta, converted + shape.channels)
+    cdef const double* gammas = as_doubles(values_of(gamma), 0, shape.channels, converted)
+    cdef const double* betas = as_doubles(
+        values_of(beta), 0, shape.channels, converted + shape.channels
+    )
     if shape.type_number == cnp.NPY_FLOAT:
         backward_plain_as(
             <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,

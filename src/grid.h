@@ -24,8 +24,6 @@ constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels of which rows are summed si
 constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
 constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
 
-constexpr int kCacheLine = 64; // bytes
-
 /* Elements of p's cache line that lie before it. */
 template <class T> inline int place_in_line(const T* p) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kCacheLine / sizeof(T));

@@ -39,9 +39,9 @@ template <class T, class Latent, class Activation, class Weigh, bool Residual> s
   uint8_t* bits;       // null: none are kept
   ptrdiff_t first_bit; // of this row
 
-  void prefetch(ptrdiff_t i, ptrdiff_t n) const {
-    prefetch_lines(latent.x + i, n);
-    prefetch_unkept(i, n);
+  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+    prefetch_lines<Level>(latent.x + i, n);
+    if (Residual) prefetch_lines<Level>(latent.residual + i, n);
   }
   void prefetch_unkept(ptrdiff_t i, ptrdiff_t n) const {
     if (Residual) prefetch_lines(latent.residual + i, n);
@@ -64,9 +64,9 @@ struct Gradient : OneStep<T> {
   Coefficient<T> mean, shift, rest, slope, scale, unit;
   Weigh weigh;
 
-  void prefetch(ptrdiff_t i, ptrdiff_t n) const {
-    prefetch_lines(x + i, n);
-    prefetch_lines(source.dy + i, n);
+  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+    prefetch_lines<Level>(x + i, n);
+    prefetch_lines<Level>(source.dy + i, n);
   }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     Vec v = load_as<Vec, Whole>(x + i, k);
@@ -86,7 +86,9 @@ template <class T, class Source, class Weigh> struct JustGate : OneStep<T> {
   Source source;
   Weigh weigh;
 
-  void prefetch(ptrdiff_t i, ptrdiff_t n) const { prefetch_lines(source.dy + i, n); }
+  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+    prefetch_lines<Level>(source.dy + i, n);
+  }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     return weigh.template unmasked<Whole>(source.template dz<Vec, Whole>(i, k), i, k);
   }
@@ -99,7 +101,9 @@ struct FixedGradient : OneStep<T> {
   Source source;
   Coefficient<T> scale;
 
-  void prefetch(ptrdiff_t i, ptrdiff_t n) const { prefetch_lines(source.dy + i, n); }
+  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+    prefetch_lines<Level>(source.dy + i, n);
+  }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     return source.template dz<Vec, Whole>(i, k) * scale.at(i);
   }
@@ -210,14 +214,14 @@ BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, 
 }
 
 /* Write elements [i, n) of the map to `out`, whole lines past the cache where Stream says so; what
- * is read then comes from memory, one row after the other. */
-template <bool Stream, class T, class Map>
+ * is read then comes from memory, one row after the other, and is fetched to a cache of this Level. */
+template <bool Stream, int Level, class T, class Map>
 inline void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, Seam<T>* seam) {
   constexpr int unroll = 4, turn = unroll * Element<T>::kLanes;
   constexpr ptrdiff_t ahead = kFetchAhead / (Map::kArrays * sizeof(T));
   i = write_head<Stream>(map, out, i, n, seam);
   for (; i + turn <= n; i += turn) {
-    if (Stream) map.prefetch(i + ahead, turn);
+    if (Stream) map.template prefetch<Level>(i + ahead, turn);
     write_vectors<Stream, unroll>(map, out, i);
   }
   write_tail<Stream>(map, out, i, n, seam);

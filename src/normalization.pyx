@@ -17,10 +17,11 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport sqrt
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, as_doubles, bits_for, bits_of,
-    copy_of, epilogue_of, equal_weights, fresh_like, is_small, kind_of, plain_eps, plain_fixed,
-    plain_input, plain_output, plain_parameter, plain_residual, plain_view, plain_view_or_none,
-    pointer, read_fixed, read_only, room, shape_of, view_of, weights_of,
+    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, as_doubles,
+    bits_for, bits_of, copy_of, epilogue_of, equal_weights, fixed_of, fresh_like, is_small, kind_of,
+    plain_eps, plain_fixed, plain_input, plain_output, plain_parameter, plain_residual, plain_view,
+    plain_view_or_none, pointer, read_fixed, read_only, room, shape_of, values_of, view_of,
+    weights_of,
 )
 from blocks cimport (
     BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters,
@@ -234,6 +235,66 @@ cdef void normalize_fixed(
         normalize_cells(grid, input, parameters, stream, y, &tickets)
 
 
+cdef void normalize_fixed_groups(
+    const Grid& grid,
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    const FixedStatistics& fixed,
+    bint stream,
+    double* converted,                      # (5, width), scratch
+    View[element] y,                        # (N, C, S)
+    Tickets* tickets,
+) noexcept nogil:
+    """One thread's part: each cell a whole group, whose parameters are read with it."""
+    cdef Turns turns
+    cdef Seams[element] seams
+    cdef NormalizeParameters parameters
+    cdef ptrdiff_t group = turns.take(tickets)
+    while group >= 0:
+        parameters = read_fixed(
+            fixed, grid.first_channel(group), grid.last_channel(group), converted
+        )
+        normalize_block(grid, input, y, parameters, stream, group, 0, &seams)
+        group = turns.take(tickets)
+
+
+cdef void normalize_fixed_by_groups(
+    const Grid& grid,                       # of one block
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    const FixedStatistics& fixed,
+    double* converted,                      # (num_threads, 5, width), scratch
+    View[element] y,                        # (N, C, S)
+    int num_threads,
+) noexcept nogil:
+    """The same where no group is cut: what is found once per channel is found by all threads."""
+    cdef bint stream = is_streamed(grid, sizeof(element))
+    cdef Tickets tickets
+    tickets.hand_out_cells(grid, num_threads, False)
+    if num_threads == 1 or grid.groups == 1: # without OpenMP's microsecond
+        normalize_fixed_groups(grid, input, fixed, stream, converted, y, &tickets)
+        return
+    with parallel(num_threads=num_threads):
+        normalize_fixed_groups(
+            grid, input, fixed, stream, converted + threadid() * 5 * grid.width, y, &tickets
+        )
+
+
+cdef void normalize_plainly(
+    const Grid& grid,
+    const ForwardInput[element]& input,     # x, residual: (N, C, S)
+    const FixedStatistics& fixed,
+    double* converted,                      # (5, C); of one block (num_threads, 5, width)
+    View[element] y,                        # (N, C, S)
+    int num_threads,
+) noexcept nogil:
+    """`normalize_fixed` by statistics as the caller has them."""
+    if grid.blocks == 1:
+        normalize_fixed_by_groups(grid, input, fixed, converted, y, num_threads)
+    else:
+        normalize_fixed(
+            grid, input, read_fixed(fixed, 0, grid.channels, converted), y, num_threads
+        )
+
+
 cdef void normalize_without_values(
     Shape shape, const ForwardInput[element]& input, const double* gamma, const double* beta,
     double eps, View[element] y, double* stats, int num_threads,
@@ -393,8 +454,10 @@ def forward_plain(
     )
     cdef Scratch scratch
     cdef double* converted = room(scratch, 2 * shape.channels)
-    cdef const double* gammas = as_doubles(gamma, converted)
-    cdef const double* betas = as_doubles(beta, converted + shape.channels)
+    cdef const double* gammas = as_doubles(values_of(gamma), 0, shape.channels, converted)
+    cdef const double* betas = as_doubles(
+        values_of(beta), 0, shape.channels, converted + shape.channels
+    )
     cdef double* results = <double*> cnp.PyArray_DATA(stats)
     if shape.type_number == cnp.NPY_FLOAT:
         forward_plain_as(
@@ -566,20 +629,18 @@ cdef int normalize_plain_to(
     Epilogue epilogue, double eps, int num_threads,
 ) except -1:
     """Write y; False for a negative variance, and nothing is written."""
-    cdef NormalizeParameters parameters
-    cdef Scratch scratch
-    cdef double* converted = room(scratch, 5 * shape.channels)
-    if not read_fixed(mean, var, gamma, beta, eps, shape.channels, converted, &parameters):
+    cdef FixedStatistics fixed = fixed_of(mean, var, gamma, beta, eps)
+    if any_negative(fixed.var, shape.channels):
         return False
     if shape.type_number == cnp.NPY_FLOAT:
-        normalize_plain_as(<float*> NULL, x, shape, parameters, residual, epilogue, y, num_threads)
+        normalize_plain_as(<float*> NULL, x, shape, fixed, residual, epilogue, y, num_threads)
     else:
-        normalize_plain_as(<double*> NULL, x, shape, parameters, residual, epilogue, y, num_threads)
+        normalize_plain_as(<double*> NULL, x, shape, fixed, residual, epilogue, y, num_threads)
     return True
 
 
 cdef int normalize_plain_as(
-    element* like, cnp.ndarray x, Shape shape, NormalizeParameters parameters, residual,
+    element* like, cnp.ndarray x, Shape shape, const FixedStatistics& fixed, residual,
     Epilogue epilogue, cnp.ndarray y, int num_threads,
 ) except -1:
     cdef ForwardInput[element] input = input_of(
@@ -590,9 +651,13 @@ cdef int normalize_plain_as(
         shape.outer, shape.channels, shape.inner, sizeof(element),
         input.to_map(shape.channels, y_view),
     )
-    if is_small(shape):
-        normalize_fixed(grid, input, parameters, y_view, 1)
+    cdef Scratch scratch
+    cdef bint small = is_small(shape)
+    cdef ptrdiff_t places = shape.channels if grid.blocks > 1 else num_threads * grid.width
+    cdef double* converted = room(scratch, 5 * places)
+    if small:
+        normalize_plainly(grid, input, fixed, converted, y_view, 1)
         return 0
     with nogil:
-        normalize_fixed(grid, input, parameters, y_view, num_threads)
+        normalize_plainly(grid, input, fixed, converted, y_view, num_threads)
     return 0

@@ -43,6 +43,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 constexpr int kWide = kVectorBytes / 8;   // float64 in a vector
+constexpr int kCacheLine = 64;            // bytes
 constexpr int kFloats = kVectorBytes / 4; // float32 in a vector
 
 typedef double Wide __attribute__((vector_size(kVectorBytes)));

@@ -16,6 +16,7 @@
 namespace bncore {
 
 constexpr int kChains = 4;
+constexpr ptrdiff_t kStep = kChains * kWide; // elements that one step adds
 
 /* Terms in a chunk: float64 input needs short chains for its 1e-14, others need not. */
 template <class T> constexpr ptrdiff_t kChunk = 16384;
@@ -34,14 +35,15 @@ BNCORE_INLINE void two_sum(double v, double* hi, double* lo) {
  * passed when they are needed, and not so many that they leave the first-level cache before. */
 constexpr ptrdiff_t kFetchAhead = 8192;
 
-/* Fetch the lines of n elements into a core's first-level cache, or its second. */
+/* Where to: a core has more lines under way to its second-level cache at a time than to its first. */
 constexpr int kFirstLevel = 3, kSecondLevel = 2; // as the compiler counts them
 
-template <int Level = kFirstLevel, class T>
+/* Fetch the lines of n elements. */
+template <int Level = kSecondLevel, class T>
 BNCORE_INLINE void prefetch_lines(const T* p, ptrdiff_t n) {
-  constexpr ptrdiff_t line = 64 / sizeof(T);
 #pragma GCC unroll 8
-  for (ptrdiff_t i = 0; i < n; i += line) __builtin_prefetch(p + i, 0, Level);
+  for (ptrdiff_t i = 0; i < n; i += kCacheLine / static_cast<ptrdiff_t>(sizeof(T)))
+    __builtin_prefetch(p + i, 0, Level);
 }
 
 /* Copy n elements, by vectors as far as these go. */
@@ -71,7 +73,7 @@ template <class T, bool Scaled, class Weigh> struct Deviations {
   T* kept;
 
   Wide centred(Wide v) const { return Scaled ? v * unit - shift : v - shift; }
-  void prefetch(ptrdiff_t i, ptrdiff_t ahead) const { __builtin_prefetch(x + i + ahead); }
+  void prefetch(ptrdiff_t i, ptrdiff_t ahead) const { prefetch_lines(x + i + ahead, kStep); }
   bool keeps() const { return kept; }
   void keep(ptrdiff_t i, ptrdiff_t n) const { copy_row(x + i, n, kept + i); }
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
@@ -98,8 +100,8 @@ template <class T, class Source, class Weigh> struct GradientTerms {
 
   Wide centred(Wide v) const { return kNeedsLow<T> ? (v - mean) - mean_lo : v - mean; }
   void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
-    __builtin_prefetch(x + i + ahead);
-    __builtin_prefetch(source.dy + i + ahead);
+    prefetch_lines(x + i + ahead, kStep);
+    prefetch_lines(source.dy + i + ahead, kStep);
   }
   bool keeps() const { return kept_x; }
   void keep(ptrdiff_t i, ptrdiff_t n) const {
@@ -125,14 +127,10 @@ struct Onward {
   ptrdiff_t from(ptrdiff_t i) const { return i < turn ? near : far; }
 };
 
-/* Elements that one step adds. */
-constexpr ptrdiff_t kStep = kChains * kWide;
-
 template <class Terms>
 BNCORE_INLINE void add_step(const Terms& terms, ptrdiff_t i, Onward onward, Accumulator* sums) {
   const ptrdiff_t ahead = onward.from(i);
   terms.prefetch(i, ahead);
-  if (kVectorBytes == 64) terms.prefetch(i + kStep / 2, ahead);
 #pragma GCC unroll 4
   for (int chain = 0; chain < kChains; ++chain)
     terms.template add<true>(i + chain * kWide, kWide, &sums->first[chain], &sums->second[chain]);
@@ -174,9 +172,8 @@ struct Product {
 constexpr int kStripVectors = 4;
 
 /* Fetches what is read next, row after row in the order of memory, which is what the hardware's own
- * prefetchers follow; strips by themselves go from row to row. One array to the second level, which
- * has more lines under way at a time than the first; two are mostly no faster so. */
-template <class T, int Arrays, int Level> struct Ahead {
+ * prefetchers follow; strips by themselves go from row to row. */
+template <class T, int Arrays> struct Ahead {
   static constexpr ptrdiff_t kElements = kFetchAhead / (Arrays * sizeof(T));
   static constexpr ptrdiff_t kWidth = kStripVectors * kWide;
   const T* rows[Arrays];
@@ -184,7 +181,7 @@ template <class T, int Arrays, int Level> struct Ahead {
 
   BNCORE_INLINE void step(ptrdiff_t places) {
 #pragma GCC unroll 2
-    for (const T* row : rows) prefetch_lines<Level>(row + place, kWidth);
+    for (const T* row : rows) prefetch_lines(row + place, kWidth);
     place += kWidth;
     if (place + kWidth <= places) return;
     place = 0;
@@ -196,7 +193,7 @@ template <class T, int Arrays, int Level> struct Ahead {
 /* Rows of channels side by side: the term pairs of kWide channels from c on, or of the k that are
  * left. Per-channel arrays are padded to whole vectors; what the padding holds is never used. */
 template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
-  typedef Ahead<T, 1, kSecondLevel> Fetched;
+  typedef Ahead<T, 1> Fetched;
   const T* x;
   ptrdiff_t x_stride;
   const double *shift, *unit;
@@ -214,7 +211,7 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
 };
 
 template <class T, class Source, class Weigh> struct ColumnGradientTerms {
-  typedef Ahead<T, 2, kFirstLevel> Fetched;
+  typedef Ahead<T, 2> Fetched;
   typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
