@@ -13,7 +13,7 @@ from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport int8_t, uint8_t
 from libc.string cimport memcpy
 
-from blocks cimport Epilogue, NormalizeParameters, Scratch, View, Weights, element
+from blocks cimport Epilogue, NormalizeParameters, Scratch, Values, View, Weights, element
 
 
 cdef struct Shape:
@@ -175,12 +175,6 @@ cdef inline cnp.ndarray copy_of(cnp.ndarray x):
     return copy
 
 
-cdef struct Values:
-    # A plain parameter's, one per channel: either is NULL, and both are for None.
-    const float* floats
-    const double* doubles
-
-
 cdef inline Values values_of(object parameter) noexcept:
     """A plain parameter, or None, without its Python object."""
     cdef Values values
@@ -196,25 +190,24 @@ cdef inline Values values_of(object parameter) noexcept:
     return values
 
 
-cdef inline const double* from_channel(const double* values, ptrdiff_t first) noexcept nogil:
-    """What is indexed by channel, of values from channel `first` on; NULL stays NULL."""
-    if values == NULL:
-        return NULL
-    return values - first
+cdef inline Values doubles_of(const double[::1] parameter) noexcept:
+    """The same of a memoryview."""
+    cdef Values values
+    values.floats = NULL
+    values.doubles = pointer(parameter)
+    return values
 
 
-cdef inline const double* as_doubles(
-    const Values& values, ptrdiff_t first, ptrdiff_t last, double* converted
-) noexcept nogil:
-    """The values of channels [first, last): their own memory if float64, else converted."""
+cdef inline bint any_negative(const Values& values, ptrdiff_t channels) noexcept nogil:
+    cdef bint negative = False
     cdef ptrdiff_t c
-    if values.floats == NULL:
-        if values.doubles == NULL:
-            return NULL
-        return values.doubles + first
-    for c in range(first, last):
-        converted[c - first] = values.floats[c]
-    return converted
+    if values.floats != NULL:
+        for c in range(channels):
+            negative |= values.floats[c] < 0
+    else:
+        for c in range(channels):
+            negative |= values.doubles[c] < 0
+    return negative
 
 
 cdef struct FixedStatistics:
@@ -234,37 +227,22 @@ cdef inline FixedStatistics fixed_of(
     return fixed
 
 
-cdef inline bint any_negative(const Values& values, ptrdiff_t channels) noexcept nogil:
-    cdef bint negative = False
-    cdef ptrdiff_t c
-    if values.floats != NULL:
-        for c in range(channels):
-            negative |= values.floats[c] < 0
-    else:
-        for c in range(channels):
-            negative |= values.doubles[c] < 0
-    return negative
-
-
 cdef inline NormalizeParameters read_fixed(
     const FixedStatistics& fixed, ptrdiff_t first, ptrdiff_t last,
-    double* converted,                      # (5, last - first), scratch
+    double* converted,                      # (2, last - first), scratch
 ) noexcept nogil:
     """The parameters of channels [first, last), as a map takes them."""
-    cdef ptrdiff_t c, channels = last - first
     cdef NormalizeParameters parameters
-    cdef const double* var = as_doubles(fixed.var, first, last, converted)
+    cdef ptrdiff_t c, channels = last - first
     cdef double* inv_std = converted + channels
+    cdef double eps = fixed.eps # which no store below can change
+    fixed.mean.read(first, channels, 0, converted)
+    fixed.var.read(first, channels, 0, inv_std)
     for c in range(channels):
-        inv_std[c] = 1 / sqrt(var[c] + fixed.eps)
-    converted += 2 * channels
-    parameters.mean = from_channel(as_doubles(fixed.mean, first, last, converted), first)
+        inv_std[c] = 1 / sqrt(inv_std[c] + eps)
+    parameters.mean, parameters.inv_std = converted - first, inv_std - first
     parameters.mean_lo = NULL
-    parameters.inv_std = from_channel(inv_std, first)
-    converted += channels
-    parameters.gamma = from_channel(as_doubles(fixed.gamma, first, last, converted), first)
-    converted += channels
-    parameters.beta = from_channel(as_doubles(fixed.beta, first, last, converted), first)
+    parameters.gamma, parameters.beta = fixed.gamma, fixed.beta
     return parameters
 
 

@@ -473,8 +473,10 @@ BNCORE_OWN_FRAME void fixed_gradient_block(const Grid& grid, const BackwardInput
                                            ptrdiff_t group, ptrdiff_t block, Seams<T>* seams) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table(grid, start_of(grid, dx, group, block));
+  double scale[max_line(sizeof(T))];
+  read_scales(p, first, last - first, scale);
   fill_line(grid, last - first, [&](ptrdiff_t c) {
-    return finite<typename Element<T>::Real>(scale_of(p, first + c));
+    return finite<typename Element<T>::Real>(scale[c]);
   }, table.row(kScale));
   const JustWrite<T> work = {grid, group, block, seams};
   input.visit(grid, input.gates_below(grid, p, group), [&](const auto& from) {

@@ -37,18 +37,20 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     struct Epilogue:
         int activation
         double a, b
+    cppclass Values:
+        const float* floats
+        const double* doubles
+        void read(ptrdiff_t first, ptrdiff_t channels, double otherwise, double* to)
     struct NormalizeParameters:
         const double* mean
         const double* mean_lo
         const double* inv_std
-        const double* gamma
-        const double* beta
+        Values gamma, beta
     struct GradientParameters:
         const double* mean
         const double* mean_lo
         const double* inv_std
-        const double* gamma
-        const double* beta
+        Values gamma, beta
         const double* sum_dy
         const double* sum_dy_xhat
         const double* gate_low

@@ -75,13 +75,29 @@ template <class T, class Table = CoefficientTable<T>> struct PickPerPlace {
   PerPlace<T> operator()(int which) const { return {table->row(which)}; }
 };
 
-/* Per-channel statistics and parameters; null stands for mean_lo 0, gamma 1, beta 0. */
+/* A value per channel as the caller has them: float32, float64, or none. */
+struct Values {
+  const float* floats;
+  const double* doubles;
+
+  /* Those from channel `first` on; `otherwise` where there are none. */
+  void read(ptrdiff_t first, ptrdiff_t channels, double otherwise, double* __restrict to) const {
+    if (doubles) std::memcpy(to, doubles + first, channels * sizeof(double));
+    else if (floats) for (ptrdiff_t c = 0; c < channels; ++c) to[c] = floats[first + c];
+    else for (ptrdiff_t c = 0; c < channels; ++c) to[c] = otherwise;
+  }
+};
+
+/* Per-channel statistics and parameters; without mean_lo it is 0, without gamma 1, without beta 0. */
 struct NormalizeParameters {
-  const double *mean, *mean_lo, *inv_std, *gamma, *beta;
+  const double *mean, *mean_lo, *inv_std;
+  Values gamma, beta;
 };
 
 struct GradientParameters {
-  const double *mean, *mean_lo, *inv_std, *gamma, *beta, *sum_dy, *sum_dy_xhat;
+  const double *mean, *mean_lo, *inv_std;
+  Values gamma, beta;
+  const double *sum_dy, *sum_dy_xhat;
   const double *gate_low, *gate_high; // intervals of x, see gates.h
   double count;
 };
@@ -153,9 +169,12 @@ inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, 
   return scaled;
 }
 
-/* The scale of a channel's z, and of its gradient. */
-template <class Parameters> inline double scale_of(const Parameters& p, ptrdiff_t c) {
-  return p.gamma ? p.gamma[c] * p.inv_std[c] : p.inv_std[c];
+/* The scales of channels' z, and of their gradients: gamma inv_std. */
+template <class Parameters>
+inline void read_scales(const Parameters& p, ptrdiff_t first, ptrdiff_t channels,
+                        double* __restrict scale) {
+  p.gamma.read(first, channels, 1, scale);
+  for (ptrdiff_t c = 0; c < channels; ++c) scale[c] *= p.inv_std[first + c];
 }
 
 /* The coefficients of z in a group; whether a unit is not 1. */
@@ -168,12 +187,14 @@ inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t grou
   const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, mean_lo, table);
   if (with_unit && !scaled)
     fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
-  for (ptrdiff_t c = 0; c < channels; ++c) scale[c] = scale_of(p, first + c);
+  read_scales(p, first, channels, scale);
   for (ptrdiff_t c = 0; scaled && c < channels; ++c) scale[c] /= unit[c];
   for (ptrdiff_t c = 0; c < channels; ++c) scale[c] = finite<Real>(scale[c]);
   fill_line(grid, channels, [&](ptrdiff_t c) { return scale[c]; }, table->row(kScale));
+  double* beta = unit; // which is in the table by now
+  p.beta.read(first, channels, 0, beta);
   fill_line(grid, channels, [&](ptrdiff_t c) {
-    return (p.beta ? p.beta[first + c] : 0) - finite<Real>(mean_lo[c] * scale[c]);
+    return beta[c] - finite<Real>(mean_lo[c] * scale[c]);
   }, table->row(kOffset));
   return scaled;
 }
@@ -206,7 +227,9 @@ inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff
   }
   for (ptrdiff_t c = 0; scaled && c < channels; ++c) slope[c] /= unit[c];
   const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift[c]); };
-  fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(scale_of(p, first + c)); },
+  double* scale = unit; // which is in the table by now
+  read_scales(p, first, channels, scale);
+  fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(scale[c]); },
             table->row(kScale));
   fill_line(grid, channels, shift_hi, table->row(kShift));
   fill_line(grid, channels, [&](ptrdiff_t c) {

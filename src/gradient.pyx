@@ -14,16 +14,16 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, as_doubles,
-    bits_of, epilogue_of, equal_weights, fill_gradient, fixed_of, fresh_like, gradient_like,
+    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, bits_of,
+    doubles_of, epilogue_of, equal_weights, fill_gradient, fixed_of, fresh_like, gradient_like,
     is_small, kind_of, no_epilogue, plain_fixed, plain_input, plain_like, plain_output,
     plain_parameter, plain_view, plain_view_or_none, pointer, read_fixed, read_only, room,
     same_or_apart, shape_of, values_of, view_of, weights_of,
 )
 from blocks cimport (
     GATES_AT_ONCE, BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid,
-    Half, Kept, KeptMemory, NormalizeParameters, Scratch, Seams, Tickets, Turns, View, element,
-    find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
+    Half, Kept, KeptMemory, NormalizeParameters, Scratch, Seams, Tickets, Turns, Values, View,
+    element, find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
     gradient_block, join_team, map_grid, reduce_block, sum_grid, workspace_of, workspace_size,
 )
 from traffic cimport is_resident, is_streamed, keeps_rows
@@ -445,7 +445,7 @@ cdef GradientParameters parameters_of(
     cdef GradientParameters parameters
     parameters.mean, parameters.mean_lo = pointer(mean), pointer(mean_lo)
     parameters.inv_std = pointer(inv_std)
-    parameters.gamma, parameters.beta = pointer(gamma), pointer(beta)
+    parameters.gamma, parameters.beta = doubles_of(gamma), doubles_of(beta)
     parameters.sum_dy = parameters.sum_dy_xhat = NULL
     parameters.gate_low = parameters.gate_high = NULL
     parameters.count = 0
@@ -623,8 +623,8 @@ def fixed_backward_plain(
         return None
     cdef ptrdiff_t channels = shape.channels
     cdef Scratch scratch
-    cdef double* converted = room(scratch, 8 * channels)
-    cdef double* sums = converted + 6 * channels
+    cdef double* converted = room(scratch, 5 * channels)
+    cdef double* sums = converted + 3 * channels
     cdef GradientParameters parameters
     cdef FixedStatistics fixed = fixed_of(mean, var, gamma, beta, PyFloat_AS_DOUBLE(eps))
     if any_negative(fixed.var, channels):
@@ -654,12 +654,12 @@ def fixed_backward_plain(
 
 cdef inline GradientParameters read_fixed_gradient(
     const FixedStatistics& fixed, ptrdiff_t channels,
-    double* converted,                      # (6, C), scratch
+    double* converted,                      # (3, C), scratch
 ) noexcept:
     """`read_fixed` for a gradient."""
     cdef GradientParameters parameters
     cdef NormalizeParameters given = read_fixed(fixed, 0, channels, converted)
-    cdef double* mean_lo = converted + 5 * channels
+    cdef double* mean_lo = converted + 2 * channels
     cdef ptrdiff_t c
     for c in range(channels):
         mean_lo[c] = 0
@@ -681,8 +681,8 @@ cdef int fixed_plain_as(
 
 
 cdef int backward_with_scratch(
-    BackwardInput[element] input, Shape shape, const double* stats, const double* gamma,
-    const double* beta, double count, BackwardOutput[element] output, double* sums,
+    BackwardInput[element] input, Shape shape, const double* stats, Values gamma,
+    Values beta, double count, BackwardOutput[element] output, double* sums,
     int num_threads,
 ) except -1:
     """Differentiate one way or the other, by the statistics that a forward pass wrote."""
@@ -744,7 +744,7 @@ cdef int backward_as(
     output.dx, output.dz = view_of(dx, like), view_of(dz, like)
     cdef double* totals = &sums[0, 0] if sums is not None else NULL
     return backward_with_scratch(
-        input, shape, &stats[0, 0], pointer(gamma), pointer(beta), count, output, totals,
+        input, shape, &stats[0, 0], doubles_of(gamma), doubles_of(beta), count, output, totals,
         num_threads,
     )
 
@@ -784,7 +784,7 @@ def backward(
 
 cdef int backward_plain_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, const double* stats,
-    const double* gamma, const double* beta, bits, Epilogue epilogue, cnp.ndarray dx, dz,
+    Values gamma, Values beta, bits, Epilogue epilogue, cnp.ndarray dx, dz,
     double* sums, int num_threads,
 ) except -1:
     cdef BackwardInput[element] input = plain_input_of(
@@ -834,13 +834,9 @@ def backward_plain(dy, x, tuple record not None, bint with_dz, out, int num_thre
     dz = fresh_like(<cnp.ndarray> x) if with_dz else None
     result = dx, gradient_like(gamma), gradient_like(beta), dz, in_place
     cdef Scratch scratch
-    cdef double* converted = room(scratch, 4 * shape.channels)
-    cdef double* sums = converted + 2 * shape.channels
+    cdef double* sums = room(scratch, 2 * shape.channels)
     cdef const double* statistics = <const double*> cnp.PyArray_DATA(<cnp.ndarray> stats)
-    cdef const double* gammas = as_doubles(values_of(gamma), 0, shape.channels, converted)
-    cdef const double* betas = as_doubles(
-        values_of(beta), 0, shape.channels, converted + shape.channels
-    )
+    cdef Values gammas = values_of(gamma), betas = values_of(beta)
     if shape.type_number == cnp.NPY_FLOAT:
         backward_plain_as(
             <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,

@@ -17,17 +17,17 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport sqrt
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, as_doubles,
-    bits_for, bits_of, copy_of, epilogue_of, equal_weights, fixed_of, fresh_like, is_small, kind_of,
+    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, bits_for, bits_of,
+    copy_of, doubles_of, epilogue_of, equal_weights, fixed_of, fresh_like, is_small, kind_of,
     plain_eps, plain_fixed, plain_input, plain_output, plain_parameter, plain_residual, plain_view,
     plain_view_or_none, pointer, read_fixed, read_only, room, shape_of, values_of, view_of,
     weights_of,
 )
 from blocks cimport (
     BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters,
-    Scratch, Seams, Tickets, Turns, View, Workspace, element, finish_inv_std, finish_moments,
-    join_team, map_grid, moments_block, normalize_and_sum_block, normalize_block, pilot, sum_grid,
-    workspace_of, workspace_size,
+    Scratch, Seams, Tickets, Turns, Values, View, Workspace, element, finish_inv_std,
+    finish_moments, join_team, map_grid, moments_block, normalize_and_sum_block, normalize_block,
+    pilot, sum_grid, workspace_of, workspace_size,
 )
 from cells cimport sum_cells
 from running cimport movable, move_running
@@ -240,7 +240,7 @@ cdef void normalize_fixed_groups(
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const FixedStatistics& fixed,
     bint stream,
-    double* converted,                      # (5, width), scratch
+    double* converted,                      # (2, width), scratch
     View[element] y,                        # (N, C, S)
     Tickets* tickets,
 ) noexcept nogil:
@@ -261,7 +261,7 @@ cdef void normalize_fixed_by_groups(
     const Grid& grid,                       # of one block
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const FixedStatistics& fixed,
-    double* converted,                      # (num_threads, 5, width), scratch
+    double* converted,                      # (num_threads, 2, width), scratch
     View[element] y,                        # (N, C, S)
     int num_threads,
 ) noexcept nogil:
@@ -274,7 +274,7 @@ cdef void normalize_fixed_by_groups(
         return
     with parallel(num_threads=num_threads):
         normalize_fixed_groups(
-            grid, input, fixed, stream, converted + threadid() * 5 * grid.width, y, &tickets
+            grid, input, fixed, stream, converted + threadid() * 2 * grid.width, y, &tickets
         )
 
 
@@ -282,7 +282,7 @@ cdef void normalize_plainly(
     const Grid& grid,
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const FixedStatistics& fixed,
-    double* converted,                      # (5, C); of one block (num_threads, 5, width)
+    double* converted,                      # (2, C); of one block (num_threads, 2, width)
     View[element] y,                        # (N, C, S)
     int num_threads,
 ) noexcept nogil:
@@ -296,7 +296,7 @@ cdef void normalize_plainly(
 
 
 cdef void normalize_without_values(
-    Shape shape, const ForwardInput[element]& input, const double* gamma, const double* beta,
+    Shape shape, const ForwardInput[element]& input, Values gamma, Values beta,
     double eps, View[element] y, double* stats, int num_threads,
 ) noexcept nogil:
     """No position counts: mean and variance are 0."""
@@ -315,7 +315,7 @@ cdef void normalize_without_values(
 
 
 cdef int batch_with_scratch(
-    ForwardInput[element] input, Shape shape, const double* gamma, const double* beta, double eps,
+    ForwardInput[element] input, Shape shape, Values gamma, Values beta, double eps,
     View[element] y, double* stats, int num_threads,
 ) except -1:
     """Normalize one way or the other, with the scratch for it."""
@@ -350,7 +350,7 @@ cdef int batch_with_scratch(
 
 
 cdef inline NormalizeParameters fitted(
-    const double* stats, ptrdiff_t channels, const double* gamma, const double* beta
+    const double* stats, ptrdiff_t channels, Values gamma, Values beta
 ) noexcept nogil:
     """The parameters of a map by the statistics, (4, C), of its own batch."""
     cdef NormalizeParameters parameters
@@ -371,7 +371,7 @@ cdef int forward_as(
     )
     input.weights, input.bits = weights_of(weights, shape), bits_of(bits)
     return batch_with_scratch(
-        input, shape, pointer(gamma), pointer(beta), eps, view_of(y, like), &stats[0, 0],
+        input, shape, doubles_of(gamma), doubles_of(beta), eps, view_of(y, like), &stats[0, 0],
         num_threads,
     )
 
@@ -452,12 +452,7 @@ def forward_plain(
         gamma, beta, (shape.axis,), eps, values, stats, (shape.channels,), x.shape, activation,
         residual is not None, bits, None,
     )
-    cdef Scratch scratch
-    cdef double* converted = room(scratch, 2 * shape.channels)
-    cdef const double* gammas = as_doubles(values_of(gamma), 0, shape.channels, converted)
-    cdef const double* betas = as_doubles(
-        values_of(beta), 0, shape.channels, converted + shape.channels
-    )
+    cdef Values gammas = values_of(gamma), betas = values_of(beta)
     cdef double* results = <double*> cnp.PyArray_DATA(stats)
     if shape.type_number == cnp.NPY_FLOAT:
         forward_plain_as(
@@ -501,7 +496,7 @@ cdef inline ForwardInput[element] input_of(
 
 
 cdef int forward_plain_as(
-    element* like, cnp.ndarray x, Shape shape, const double* gamma, const double* beta, residual,
+    element* like, cnp.ndarray x, Shape shape, Values gamma, Values beta, residual,
     Epilogue epilogue, double eps, cnp.ndarray y, bits, double* stats, int num_threads,
 ) except -1:
     cdef ForwardInput[element] input = input_of(
@@ -538,7 +533,7 @@ cdef NormalizeParameters parameters_of(
     cdef NormalizeParameters parameters
     parameters.mean, parameters.mean_lo = pointer(mean), pointer(mean_lo)
     parameters.inv_std = pointer(inv_std)
-    parameters.gamma, parameters.beta = pointer(gamma), pointer(beta)
+    parameters.gamma, parameters.beta = doubles_of(gamma), doubles_of(beta)
     return parameters
 
 
@@ -654,7 +649,7 @@ cdef int normalize_plain_as(
     cdef Scratch scratch
     cdef bint small = is_small(shape)
     cdef ptrdiff_t places = shape.channels if grid.blocks > 1 else num_threads * grid.width
-    cdef double* converted = room(scratch, 5 * places)
+    cdef double* converted = room(scratch, 2 * places)
     if small:
         normalize_plainly(grid, input, fixed, converted, y_view, 1)
         return 0
