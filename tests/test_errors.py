@@ -114,7 +114,10 @@ WEIGHTS = [
     (np.full((4, 1, 1), 1j), TypeError, "must be an array of real numbers, got complex128"),
     (np.full((4, 1, 1), "1"), TypeError, "must be an array of real numbers"),
 ]
-VARIANCES = [(np.array([1.0, -1e-9, 1.0]), ValueError, "must not be negative, got -1e-09")]
+VARIANCES = [
+    (np.array([1.0, -1e-9, 1.0]), ValueError, "must not be negative, got -1e-09"),
+    (np.array([1.0, 1.0, -0.5], np.float32), ValueError, "must not be negative, got -0.5"),
+]
 COUNTS = [
     (0, ValueError, "must be one positive number for all channels, got 0"),
     (-3, ValueError, "must be one positive number"),

@@ -205,3 +205,34 @@ def test_what_float64_leaves_of_the_mean(backend, ratio):
     m = bncore.moments(x)
     y = bncore.batch_norm_inference(x, m.mean, m.var(), gamma, beta, mean_lo=m.mean_lo)
     np.testing.assert_allclose(y, whole, rtol=1e-13, atol=1e-13)
+
+
+# Many channels of few values: groups of them, each with its own statistics read for it.
+MANY = [(3, 5000), (1, 3000, 5), (17, 2100), (700, 2100)]
+
+
+@pytest.mark.parametrize("kinds", [("f4", "f8", "f4", "f8"), ("f8", "f4", "f8", "f4")], ids="-".join)
+@pytest.mark.parametrize("shape", MANY, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_many_channels_by_statistics_of_either_dtype(backend, dtype, shape, kinds):
+    channels = shape[1]
+    x = normal(1, shape, dtype)
+    mean, gamma, beta = (normal(2 + i, channels, kinds[i]) for i in range(3))
+    var = normal(5, channels, kinds[3]) ** 2
+    exact = oracle.forward(x, gamma, beta, mean=mean, var=var)
+    y = bncore.batch_norm_inference(x, mean, var, gamma, beta)
+    assert_within(y, exact.y, rounding(exact.scale, dtype), "y")
+    plain = bncore.batch_norm_inference(x, mean, var)
+    exact = oracle.forward(x, mean=mean, var=var)
+    assert_within(plain, exact.y, rounding(exact.scale, dtype), "y without parameters")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", MANY, ids=str)
+def test_the_last_of_many_variances_is_refused_before_anything_is_written(backend, shape, dtype):
+    x, out = normal(1, shape, dtype), np.full(shape, 7, dtype)
+    var = np.ones(shape[1], dtype)
+    var[-1] = -0.25
+    with pytest.raises(ValueError, match="var must not be negative, got -0.25"):
+        bncore.batch_norm_inference(x, np.zeros(shape[1], dtype), var, out=out)
+    assert (out == 7).all()
