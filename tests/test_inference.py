@@ -209,9 +209,10 @@ def test_what_float64_leaves_of_the_mean(backend, ratio):
 
 # Many channels of few values: groups of them, each with its own statistics read for it.
 MANY = [(3, 5000), (1, 3000, 5), (17, 2100), (700, 2100)]
+KINDS = [("f4", "f8", "f4", "f8"), ("f8", "f4", "f8", "f4")]
 
 
-@pytest.mark.parametrize("kinds", [("f4", "f8", "f4", "f8"), ("f8", "f4", "f8", "f4")], ids="-".join)
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 @pytest.mark.parametrize("shape", MANY, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_many_channels_by_statistics_of_either_dtype(backend, dtype, shape, kinds):
