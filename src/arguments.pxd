@@ -191,7 +191,7 @@ cdef inline Values values_of(object parameter) noexcept:
 
 
 cdef inline Values doubles_of(const double[::1] parameter) noexcept:
-    """The same of a memoryview."""
+    """A memoryview, or None, likewise."""
     cdef Values values
     values.floats = NULL
     values.doubles = pointer(parameter)
@@ -199,6 +199,7 @@ cdef inline Values doubles_of(const double[::1] parameter) noexcept:
 
 
 cdef inline bint any_negative(const Values& values, ptrdiff_t channels) noexcept nogil:
+    """Whether a parameter that is not None has a value below 0; a NaN is none."""
     cdef bint negative = False
     cdef ptrdiff_t c
     if values.floats != NULL:
@@ -229,18 +230,18 @@ cdef inline FixedStatistics fixed_of(
 
 cdef inline NormalizeParameters read_fixed(
     const FixedStatistics& fixed, ptrdiff_t first, ptrdiff_t last,
-    double* converted,                      # (2, last - first), scratch
+    double* read,                           # (2, last - first), scratch: mean, inv_std
 ) noexcept nogil:
-    """The parameters of channels [first, last), as a map takes them."""
+    """The parameters as a map takes them, indexed by channel, the statistics of [first, last)."""
     cdef NormalizeParameters parameters
     cdef ptrdiff_t c, channels = last - first
-    cdef double* inv_std = converted + channels
+    cdef double* inv_std = read + channels
     cdef double eps = fixed.eps # which no store below can change
-    fixed.mean.read(first, channels, 0, converted)
+    fixed.mean.read(first, channels, 0, read)
     fixed.var.read(first, channels, 0, inv_std)
     for c in range(channels):
         inv_std[c] = 1 / sqrt(inv_std[c] + eps)
-    parameters.mean, parameters.inv_std = converted - first, inv_std - first
+    parameters.mean, parameters.inv_std = read - first, inv_std - first
     parameters.mean_lo = NULL
     parameters.gamma, parameters.beta = fixed.gamma, fixed.beta
     return parameters

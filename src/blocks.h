@@ -17,7 +17,7 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
   Spread<Positions, 1, max_line(sizeof(T))> spread;
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
   const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
-  /* The first level is half full of coefficients. */
+  /* To the second level, as coefficients take much of the first. */
   write_row<Writer::kStream, kSecondLevel>(
       writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)), writer.out.at(t, c), done,
       count * channels * grid.inner + over, Writer::kStream ? seams->of(grid, t) : nullptr);

@@ -82,9 +82,13 @@ struct Values {
 
   /* Those from channel `first` on; `otherwise` where there are none. */
   void read(ptrdiff_t first, ptrdiff_t channels, double otherwise, double* __restrict to) const {
-    if (doubles) std::memcpy(to, doubles + first, channels * sizeof(double));
-    else if (floats) for (ptrdiff_t c = 0; c < channels; ++c) to[c] = floats[first + c];
-    else for (ptrdiff_t c = 0; c < channels; ++c) to[c] = otherwise;
+    if (doubles) {
+      std::memcpy(to, doubles + first, channels * sizeof(double));
+    } else if (floats) {
+      for (ptrdiff_t c = 0; c < channels; ++c) to[c] = floats[first + c];
+    } else {
+      for (ptrdiff_t c = 0; c < channels; ++c) to[c] = otherwise;
+    }
   }
 };
 

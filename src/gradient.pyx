@@ -623,13 +623,13 @@ def fixed_backward_plain(
         return None
     cdef ptrdiff_t channels = shape.channels
     cdef Scratch scratch
-    cdef double* converted = room(scratch, 5 * channels)
-    cdef double* sums = converted + 3 * channels
+    cdef double* read = room(scratch, 5 * channels)
+    cdef double* sums = read + 3 * channels
     cdef GradientParameters parameters
     cdef FixedStatistics fixed = fixed_of(mean, var, gamma, beta, PyFloat_AS_DOUBLE(eps))
     if any_negative(fixed.var, channels):
         return None
-    parameters = read_fixed_gradient(fixed, channels, converted)
+    parameters = read_fixed_gradient(fixed, channels, read)
     cdef Epilogue epilogue = epilogue_of(activation)
     cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
     # Whatever can fail comes before the kernel, which may write over x or dy.
@@ -654,12 +654,12 @@ def fixed_backward_plain(
 
 cdef inline GradientParameters read_fixed_gradient(
     const FixedStatistics& fixed, ptrdiff_t channels,
-    double* converted,                      # (3, C), scratch
+    double* read,                           # (3, C), scratch: mean, inv_std, mean_lo
 ) noexcept:
     """`read_fixed` for a gradient."""
     cdef GradientParameters parameters
-    cdef NormalizeParameters given = read_fixed(fixed, 0, channels, converted)
-    cdef double* mean_lo = converted + 2 * channels
+    cdef NormalizeParameters given = read_fixed(fixed, 0, channels, read)
+    cdef double* mean_lo = read + 2 * channels
     cdef ptrdiff_t c
     for c in range(channels):
         mean_lo[c] = 0

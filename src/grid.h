@@ -224,7 +224,7 @@ template <class T> struct Kept {
 
   /* Rows begin with a cache line. */
   static ptrdiff_t row_size(const Grid& grid) {
-    constexpr ptrdiff_t line = 64 / sizeof(T);
+    constexpr ptrdiff_t line = kCacheLine / sizeof(T);
     return (grid.inner + line - 1) / line * line;
   }
   static ptrdiff_t size(const Grid& grid) { return grid.outer * grid.width * row_size(grid); }

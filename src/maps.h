@@ -24,7 +24,7 @@ template <class T> struct OneStep {
   typedef typename Element<T>::Vec Vec;
   static constexpr bool kKeepsGate = false;
   static constexpr int kArrays = 1; // that are read
-  void prefetch_unkept(ptrdiff_t, ptrdiff_t) const {}
+  template <int Level> void prefetch_unkept(ptrdiff_t, ptrdiff_t) const {}
   template <bool Whole> BNCORE_INLINE Vec finish(Vec v, ptrdiff_t, int) const { return v; }
 };
 
@@ -41,10 +41,10 @@ template <class T, class Latent, class Activation, class Weigh, bool Residual> s
 
   template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
     prefetch_lines<Level>(latent.x + i, n);
-    if (Residual) prefetch_lines<Level>(latent.residual + i, n);
+    prefetch_unkept<Level>(i, n);
   }
-  void prefetch_unkept(ptrdiff_t i, ptrdiff_t n) const {
-    if (Residual) prefetch_lines(latent.residual + i, n);
+  template <int Level> void prefetch_unkept(ptrdiff_t i, ptrdiff_t n) const {
+    if (Residual) prefetch_lines<Level>(latent.residual + i, n);
   }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     return latent.template z<Vec, Whole>(i, k);
@@ -241,7 +241,7 @@ inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdif
   for (; i + turn <= n; i += turn, j += turn) {
 #pragma GCC unroll 4
     for (int step = 0; step < turn; step += kStep) add_step(terms, j + step, onward, &local);
-    map.prefetch_unkept(i + onward.from(j), turn);
+    map.template prefetch_unkept<kSecondLevel>(i + onward.from(j), turn);
     write_vectors<Stream, unroll>(map, out, i);
     terms.keep(j, turn);
   }

@@ -240,18 +240,18 @@ cdef void normalize_fixed_groups(
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const FixedStatistics& fixed,
     bint stream,
-    double* converted,                      # (2, width), scratch
+    double* read,                           # (2, width), scratch
     View[element] y,                        # (N, C, S)
     Tickets* tickets,
 ) noexcept nogil:
-    """One thread's part: each cell a whole group, whose parameters are read with it."""
+    """One thread's part: group after group, whose statistics are read with it."""
     cdef Turns turns
     cdef Seams[element] seams
     cdef NormalizeParameters parameters
     cdef ptrdiff_t group = turns.take(tickets)
     while group >= 0:
         parameters = read_fixed(
-            fixed, grid.first_channel(group), grid.last_channel(group), converted
+            fixed, grid.first_channel(group), grid.last_channel(group), read
         )
         normalize_block(grid, input, y, parameters, stream, group, 0, &seams)
         group = turns.take(tickets)
@@ -261,37 +261,37 @@ cdef void normalize_fixed_by_groups(
     const Grid& grid,                       # of one block
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const FixedStatistics& fixed,
-    double* converted,                      # (num_threads, 2, width), scratch
+    double* read,                           # (num_threads, 2, width), scratch
     View[element] y,                        # (N, C, S)
     int num_threads,
 ) noexcept nogil:
-    """The same where no group is cut: what is found once per channel is found by all threads."""
+    """`normalize_fixed` where a cell is a whole group: each thread reads the statistics of its own."""
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
     tickets.hand_out_cells(grid, num_threads, False)
     if num_threads == 1 or grid.groups == 1: # without OpenMP's microsecond
-        normalize_fixed_groups(grid, input, fixed, stream, converted, y, &tickets)
+        normalize_fixed_groups(grid, input, fixed, stream, read, y, &tickets)
         return
     with parallel(num_threads=num_threads):
         normalize_fixed_groups(
-            grid, input, fixed, stream, converted + threadid() * 2 * grid.width, y, &tickets
+            grid, input, fixed, stream, read + threadid() * 2 * grid.width, y, &tickets
         )
 
 
-cdef void normalize_plainly(
+cdef void normalize_given(
     const Grid& grid,
     const ForwardInput[element]& input,     # x, residual: (N, C, S)
     const FixedStatistics& fixed,
-    double* converted,                      # (2, C); of one block (num_threads, 2, width)
+    double* read,                           # scratch: (2, C); of one block (num_threads, 2, width)
     View[element] y,                        # (N, C, S)
     int num_threads,
 ) noexcept nogil:
-    """`normalize_fixed` by statistics as the caller has them."""
+    """y by statistics as the caller has them."""
     if grid.blocks == 1:
-        normalize_fixed_by_groups(grid, input, fixed, converted, y, num_threads)
+        normalize_fixed_by_groups(grid, input, fixed, read, y, num_threads)
     else:
         normalize_fixed(
-            grid, input, read_fixed(fixed, 0, grid.channels, converted), y, num_threads
+            grid, input, read_fixed(fixed, 0, grid.channels, read), y, num_threads
         )
 
 
@@ -648,11 +648,12 @@ cdef int normalize_plain_as(
     )
     cdef Scratch scratch
     cdef bint small = is_small(shape)
-    cdef ptrdiff_t places = shape.channels if grid.blocks > 1 else num_threads * grid.width
-    cdef double* converted = room(scratch, 2 * places)
+    cdef int threads = 1 if small else num_threads
+    cdef ptrdiff_t places = shape.channels if grid.blocks > 1 else threads * grid.width
+    cdef double* read = room(scratch, 2 * places)
     if small:
-        normalize_plainly(grid, input, fixed, converted, y_view, 1)
+        normalize_given(grid, input, fixed, read, y_view, threads)
         return 0
     with nogil:
-        normalize_plainly(grid, input, fixed, converted, y_view, num_threads)
+        normalize_given(grid, input, fixed, read, y_view, threads)
     return 0

@@ -440,7 +440,7 @@ inline void finish_moments(const Grid& grid, View<const T> x, const Weights& wei
   for (ptrdiff_t c = first; c < last; ++c)
     centre(sums.first[c], sums.first_lo[c], sums.second[c], sums.second_lo[c], shift[c],
            weights.total, &mean[c], &mean_lo[c], &m2[c]);
-  int64_t lossy = 0; // of all at once, as mostly none is
+  int64_t lossy = 0; // whether any channel is, told by vectors of them, as mostly none is
   for (ptrdiff_t c = first; c < last; ++c)
     lossy |= sums.second[c] > limit * m2[c] ? int64_t(1) : int64_t(0);
   for (ptrdiff_t c = first; lossy && c < last; ++c)

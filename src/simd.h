@@ -43,8 +43,9 @@ constexpr int kVectorBytes = 16;
 #endif
 
 constexpr int kWide = kVectorBytes / 8;   // float64 in a vector
-constexpr int kCacheLine = 64;            // bytes
 constexpr int kFloats = kVectorBytes / 4; // float32 in a vector
+
+constexpr int kCacheLine = 64; // bytes, of every x86-64 processor and of most others
 
 typedef double Wide __attribute__((vector_size(kVectorBytes)));
 typedef float Floats __attribute__((vector_size(kVectorBytes)));

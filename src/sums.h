@@ -32,13 +32,14 @@ BNCORE_INLINE void two_sum(double v, double* hi, double* lo) {
 }
 
 /* Bytes that are fetched ahead, over all arrays that are read: so many that memory's latency has
- * passed when they are needed, and not so many that they leave the first-level cache before. */
+ * passed when they are needed, and not so many that they leave the cache before. */
 constexpr ptrdiff_t kFetchAhead = 8192;
 
-/* Where to: a core has more lines under way to its second-level cache at a time than to its first. */
-constexpr int kFirstLevel = 3, kSecondLevel = 2; // as the compiler counts them
+/* The caches to fetch to, as the compiler counts them. */
+constexpr int kFirstLevel = 3, kSecondLevel = 2;
 
-/* Fetch the lines of n elements. */
+/* Fetch the lines of n elements; to the second level, as a core has more lines under way there at a
+ * time than to its first, unless the first has room for them and nothing else to hold. */
 template <int Level = kSecondLevel, class T>
 BNCORE_INLINE void prefetch_lines(const T* p, ptrdiff_t n) {
 #pragma GCC unroll 8

@@ -36,8 +36,8 @@ inline void pass_aligned(const T* x, const T* y, T* out, ptrdiff_t n) {
 /* Part `part` of `parts` of a pass over n elements; a copy where y is null. */
 template <class T>
 inline void pass(const T* x, const T* y, T* out, ptrdiff_t n, bool stream, int part, int parts) {
-  constexpr ptrdiff_t line = 64 / sizeof(T);
-  const ptrdiff_t past = reinterpret_cast<uintptr_t>(out) % 64 / sizeof(T);
+  constexpr ptrdiff_t line = kCacheLine / sizeof(T);
+  const ptrdiff_t past = reinterpret_cast<uintptr_t>(out) % kCacheLine / sizeof(T);
   const ptrdiff_t head = past ? line - past : 0;
   if (n <= head) return;
   const ptrdiff_t lines = (n - head) / line, first = head + lines * part / parts * line;
