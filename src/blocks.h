@@ -17,10 +17,16 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
   Spread<Positions, 1, max_line(sizeof(T))> spread;
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
   const auto weights = spread.lines(writer.weights, {t, 1, count, channels, grid.inner});
-  /* To the second level, as coefficients take much of the first. */
-  write_row<Writer::kStream, kSecondLevel>(
-      writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0)), writer.out.at(t, c), done,
-      count * channels * grid.inner + over, Writer::kStream ? seams->of(grid, t) : nullptr);
+  const auto map = writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0));
+  constexpr ptrdiff_t enough = kMapAhead<T, std::decay_t<decltype(map)>>, few = 64;
+  const ptrdiff_t places = count * channels * grid.inner, next = count * writer.out.n_stride;
+  /* What is read next follows, or stands in the next line where lines have gaps: there the next group
+   * follows, which does not come soon unless it is of few lines. To the second level, as coefficients
+   * take much of the first. */
+  const bool follows = next == places || grid.outer <= few;
+  const ptrdiff_t ahead = follows ? enough : clamp(enough / places, 1, enough) * next;
+  write_row<Writer::kStream, kSecondLevel>(map, writer.out.at(t, c), done, places + over, ahead,
+                                           Writer::kStream ? seams->of(grid, t) : nullptr);
 }
 
 /* Write every line of a cell of columns; where they run on, each up to the first cache line that
@@ -49,11 +55,13 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     const auto weigh = writer.weights.row(piece.n, piece.s);
-    for (ptrdiff_t c = first; c < last; ++c)
-      write_row<Writer::kStream, kFirstLevel>(
-          writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh),
-          writer.out.at(piece.n, c) + piece.s, 0, piece.length,
-          Writer::kStream ? seams->of(grid, piece.n) : nullptr);
+    for (ptrdiff_t c = first; c < last; ++c) {
+      const auto map = writer.map(PickUniform<T>{&table, c - first}, piece.n, c, piece.s, weigh);
+      constexpr ptrdiff_t ahead = kMapAhead<T, std::decay_t<decltype(map)>>;
+      write_row<Writer::kStream, kFirstLevel>(map, writer.out.at(piece.n, c) + piece.s, 0,
+                                              piece.length, ahead,
+                                              Writer::kStream ? seams->of(grid, piece.n) : nullptr);
+    }
   }
 }
 

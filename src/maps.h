@@ -213,12 +213,16 @@ BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, 
   else write_cached(map, out, i, n);
 }
 
-/* Write elements [i, n) of the map to `out`, whole lines past the cache where Stream says so; what
- * is read then comes from memory, one row after the other, and is fetched to a cache of this Level. */
+/* Elements that a map fetches ahead. */
+template <class T, class Map>
+constexpr ptrdiff_t kMapAhead = kFetchAhead / (Map::kArrays * static_cast<ptrdiff_t>(sizeof(T)));
+
+/* Write elements [i, n) of the map to `out`, whole lines past the cache where Stream says so; what is
+ * read then comes from memory, and is fetched so many elements ahead to a cache of this Level. */
 template <bool Stream, int Level, class T, class Map>
-inline void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, Seam<T>* seam) {
+inline void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, ptrdiff_t ahead,
+                      Seam<T>* seam) {
   constexpr int unroll = 4, turn = unroll * Element<T>::kLanes;
-  constexpr ptrdiff_t ahead = kFetchAhead / (Map::kArrays * sizeof(T));
   i = write_head<Stream>(map, out, i, n, seam);
   for (; i + turn <= n; i += turn) {
     if (Stream) map.template prefetch<Level>(i + ahead, turn);
