@@ -49,6 +49,9 @@ template <class T> struct PlainSource {
   template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
     return load_as<V, Whole>(dy + i, k);
   }
+  template <bool Whole> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k) const {
+    return load_wide<Whole>(dy + i, k);
+  }
   PlainSource row(ptrdiff_t r, Strides strides) const { return {dy + r * strides.dy}; }
 };
 
@@ -69,6 +72,14 @@ template <class T, template <class> class Coefficient, Interval Kind> struct Int
     if constexpr (Kind == Interval::kSloped) return gate.apply(closed, g);
     else return closed ? V{} : g;
   }
+  template <bool Whole> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k) const {
+    typedef typename Element<T>::Narrow V;
+    if constexpr (Kind == Interval::kSloped) return to_wide(dz<V, Whole>(i, k));
+    const V v = load_as<V, Whole>(x + i, k), g = load_as<V, Whole>(dy + i, k);
+    if constexpr (Kind == Interval::kZeroBelow)
+      return to_wide_within(g, v, low.template as<V>(i));
+    else return to_wide_within(g, v, low.template as<V>(i), high.template as<V>(i));
+  }
   IntervalSource row(ptrdiff_t r, Strides strides) const {
     return {dy + r * strides.dy, x + r * strides.x, low, high, gate};
   }
@@ -83,6 +94,9 @@ template <class T> struct BitSource {
 
   template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
     return gate.apply(lanes_of_bits<V>(bits, first + i), load_as<V, Whole>(dy + i, k));
+  }
+  template <bool Whole> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k) const {
+    return to_wide(dz<typename Element<T>::Narrow, Whole>(i, k));
   }
   BitSource row(ptrdiff_t r, Strides strides) const {
     return {dy + r * strides.dy, bits, first + r * strides.bits, gate};

@@ -152,6 +152,27 @@ inline Wide to_wide(HalfFloats v) {
 
 inline Wide to_wide(Wide v) { return v; }
 
+/* v where x is above low and, if there is one, below high, or a NaN; else 0. */
+template <class V> BNCORE_INLINE Wide to_wide_within(V v, V x, V low) {
+#if defined(__AVX512VL__)
+  if constexpr (std::is_same_v<V, HalfFloats>) {
+    const __mmask8 open = _mm256_cmp_ps_mask((__m256)x, (__m256)low, _CMP_NLE_UQ);
+    return (Wide)_mm512_maskz_cvtps_pd(open, (__m256)v);
+  }
+#endif
+  return to_wide(x <= low ? V{} : v);
+}
+template <class V> BNCORE_INLINE Wide to_wide_within(V v, V x, V low, V high) {
+#if defined(__AVX512VL__)
+  if constexpr (std::is_same_v<V, HalfFloats>) {
+    const __mmask8 above = _mm256_cmp_ps_mask((__m256)x, (__m256)low, _CMP_NLE_UQ);
+    const __mmask8 open = _mm256_mask_cmp_ps_mask(above, (__m256)x, (__m256)high, _CMP_NGE_UQ);
+    return (Wide)_mm512_maskz_cvtps_pd(open, (__m256)v);
+  }
+#endif
+  return to_wide((x <= low) | (x >= high) ? V{} : v);
+}
+
 inline HalfFloats to_floats(Wide v) {
 #if defined(__AVX512VL__)
   return (HalfFloats)_mm512_cvtpd_ps((__m512d)v);

@@ -92,7 +92,6 @@ template <class T> constexpr bool kNeedsLow = sizeof(T) == sizeof(double);
 
 /* Source gives dz, see gates.h; the weights tell what is masked. */
 template <class T, class Source, class Weigh> struct GradientTerms {
-  typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
   double mean, mean_lo;
@@ -110,7 +109,7 @@ template <class T, class Source, class Weigh> struct GradientTerms {
     copy_row(x + i, n, kept_x + i);
   }
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
-    Wide g = to_wide(source.template dz<Narrow, Whole>(i, k));
+    Wide g = source.template wide_dz<Whole>(i, k);
     Wide d = centred(load_wide<Whole>(x + i, k));
     if (!Whole) d = keep_first(d, k);
     g = weigh.template unmasked<Whole>(g, i, k);
@@ -213,7 +212,6 @@ template <class T, bool Scaled, class Weigh> struct ColumnDeviations {
 
 template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   typedef Ahead<T, 2> Fetched;
-  typedef typename Element<T>::Narrow Narrow;
   Source source;
   const T* x;
   Strides strides;
@@ -228,7 +226,7 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     Wide d = load_wide<Whole>(x + row * strides.x + c, k) - load_unaligned<Wide>(mean + c);
     if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
-    const Wide g = to_wide(source.row(row, strides).template dz<Narrow, Whole>(c, k));
+    const Wide g = source.row(row, strides).template wide_dz<Whole>(c, k);
     const Weigh its = weights.row(row);
     return {its.template unmasked<Whole>(g, c, k), its.template unmasked<Whole>(d, c, k)};
   }
