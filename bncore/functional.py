@@ -394,20 +394,19 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
     """
     x = saved_x(saved)
     wanted = GRADIENTS if wrt is None else _check.wanted(wrt, GRADIENTS, GRADIENTS, out)
-    if "x" in wanted:
-        had_residual = saved.record[9]
-        plain = _backend.active.gradient.backward_plain(
-            dy, x, saved.record, had_residual and "residual" in wanted, out,
-            get_num_threads(),
+    had_residual = saved.record[9]
+    plain = _backend.active.gradient.backward_plain(
+        dy, x, saved.record, "x" in wanted, "gamma" in wanted or "beta" in wanted,
+        had_residual and "residual" in wanted, out, get_num_threads(),
+    )  # fmt: skip
+    if plain is not None:
+        dx, dgamma, dbeta, dresidual, in_place = plain
+        if in_place:
+            saved.x = None
+        return Gradients(
+            dx, dgamma if "gamma" in wanted else None, dbeta if "beta" in wanted else None,
+            dresidual,
         )  # fmt: skip
-        if plain is not None:
-            dx, dgamma, dbeta, dresidual, in_place = plain
-            if in_place:
-                saved.x = None
-            return Gradients(
-                dx, dgamma if "gamma" in wanted else None, dbeta if "beta" in wanted else None,
-                dresidual,
-            )  # fmt: skip
 
     overwrites = isinstance(out, np.ndarray) and np.shares_memory(out, x)
     extras = saved.extras

@@ -685,18 +685,21 @@ cdef int backward_with_scratch(
     Values beta, double count, BackwardOutput[element] output, double* sums,
     int num_threads,
 ) except -1:
-    """Differentiate one way or the other, by the statistics that a forward pass wrote."""
+    """Differentiate one way or the other, by the statistics that a forward pass wrote.
+
+    sums is (2, C), or NULL where neither they nor dx are asked for.
+    """
     cdef Grid grid = sums_of(input, shape)
     cdef GradientParameters parameters
     parameters.mean, parameters.mean_lo = stats, stats + shape.channels
     parameters.inv_std = stats + 3 * shape.channels
     parameters.gamma, parameters.beta = gamma, beta
-    parameters.sum_dy, parameters.sum_dy_xhat = sums, sums + shape.channels
+    cdef double* sum_dy = sums
+    cdef double* sum_dy_xhat = sums + shape.channels if sums != NULL else NULL
+    parameters.sum_dy, parameters.sum_dy_xhat = sum_dy, sum_dy_xhat
     # Where no position counts the statistics are constants: nothing is shared out.
     parameters.count = count if count > 0 else INFINITY
-    cdef double* sum_dy = sums
-    cdef double* sum_dy_xhat = sums + shape.channels
-    cdef bint small = is_small(shape) and output.dx.data != NULL
+    cdef bint small = is_small(shape)
     cdef bint by_groups = (
         not small and output.dx.data != NULL
         and is_resident(grid, 2 * sizeof(element), num_threads)
@@ -709,9 +712,15 @@ cdef int backward_with_scratch(
     cdef double* partial = gates + 2 * shape.channels
     if small:
         prepare_gates(shape.channels, input, gates, &parameters, 1)
-        differentiate_small(
-            grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat
-        )
+        if output.dx.data != NULL:
+            differentiate_small(
+                grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat
+            )
+            return 0
+        if sum_dy != NULL:
+            reduce_small(grid, input, parameters, partial, sum_dy, sum_dy_xhat)
+        if output.dz.data != NULL:
+            gate_all(cells, input, parameters, output.dz, 1)
         return 0
     with nogil:
         prepare_gates(shape.channels, input, gates, &parameters, num_threads)
@@ -724,7 +733,7 @@ cdef int backward_with_scratch(
                 grid, cells, input, parameters, partial, output, sum_dy, sum_dy_xhat, num_threads
             )
         else:
-            if sums != NULL:
+            if sum_dy != NULL:
                 reduce_all(grid, input, parameters, partial, sum_dy, sum_dy_xhat, num_threads)
             if output.dz.data != NULL:
                 gate_all(cells, input, parameters, output.dz, num_threads)
@@ -784,32 +793,37 @@ def backward(
 
 cdef int backward_plain_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, const double* stats,
-    Values gamma, Values beta, bits, Epilogue epilogue, cnp.ndarray dx, dz,
-    double* sums, int num_threads,
+    Values gamma, Values beta, bits, Epilogue epilogue, dx, dz, double* sums, int num_threads,
 ) except -1:
     cdef BackwardInput[element] input = plain_input_of(
         plain_view(dy, shape, like), plain_view(x, shape, like), shape
     )
     input.epilogue, input.bits = epilogue, bits_of(bits)
-    cdef BackwardOutput[element] output = just(plain_view(dx, shape, like))
+    cdef BackwardOutput[element] output = just(plain_view_or_none(dx, shape, like))
     output.dz = plain_view_or_none(dz, shape, like)
     return backward_with_scratch(
         input, shape, stats, gamma, beta, input.weights.total, output, sums, num_threads
     )
 
 
-def backward_plain(dy, x, tuple record not None, bint with_dz, out, int num_threads):
+def backward_plain(
+    dy, x, tuple record not None, bint with_dx, bint with_sums, bint with_dz, out,
+    int num_threads,
+):
     """`backward` for plain arguments; None where it declines them.
 
     Parameters
     ----------
     record : tuple
         Of `bncore.Saved`.
+    with_dx, with_sums, with_dz : bool
+        What is asked for; dx needs the sums too.
 
     Returns
     -------
     tuple or None
-        dx, dgamma, dbeta, dz if that is asked for, else None, and whether dx has overwritten x.
+        dx; dgamma and dbeta, of the sums; and dz, each None where it is not asked for; and whether
+        dx has overwritten x.
     """
     gamma, beta, axes, _, _, stats, _, _, activation, _, bits, weights = record
     cdef Shape shape
@@ -828,11 +842,17 @@ def backward_plain(dy, x, tuple record not None, bint with_dz, out, int num_thre
     ):
         return None
     cdef Epilogue epilogue = epilogue_of(activation)
-    cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
-    cdef bint in_place = cnp.PyArray_DATA(dx) == cnp.PyArray_DATA(<cnp.ndarray> x)
+    cdef bint summing = with_dx or with_sums
+    dx = out if out is not None else fresh_like(<cnp.ndarray> x) if with_dx else None
+    cdef bint in_place = dx is not None and (
+        cnp.PyArray_DATA(<cnp.ndarray> dx) == cnp.PyArray_DATA(<cnp.ndarray> x)
+    )
     # Whatever can fail comes before the kernel, which may write over x or dy.
     dz = fresh_like(<cnp.ndarray> x) if with_dz else None
-    result = dx, gradient_like(gamma), gradient_like(beta), dz, in_place
+    result = (
+        dx, gradient_like(gamma) if summing else None, gradient_like(beta) if summing else None,
+        dz, in_place,
+    )
     cdef Scratch scratch
     cdef double* sums = room(scratch, 2 * shape.channels)
     cdef const double* statistics = <const double*> cnp.PyArray_DATA(<cnp.ndarray> stats)
@@ -840,12 +860,12 @@ def backward_plain(dy, x, tuple record not None, bint with_dz, out, int num_thre
     if shape.type_number == cnp.NPY_FLOAT:
         backward_plain_as(
             <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
-            bits, epilogue, dx, dz, sums, num_threads,
+            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
     else:
         backward_plain_as(
             <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
-            bits, epilogue, dx, dz, sums, num_threads,
+            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
     fill_gradient(result[1], sums + shape.channels)
     fill_gradient(result[2], sums)

@@ -99,6 +99,17 @@ BNCORE_INLINE HalfFloats fma(HalfFloats a, HalfFloats b, HalfFloats c) {
 #endif
 }
 
+/* sum + v. Where vectors are of 256 bits this is a multiplication by 1 and an addition in one, the
+ * same bits: AMD's processors add and multiply in different units, and sums have enough to do for
+ * both, what is converted to float64 being added to by the first alone. */
+BNCORE_INLINE Wide plus(Wide sum, Wide v) {
+#if defined(__AVX2__) && !defined(__AVX512VL__)
+  return (Wide)_mm256_fmadd_pd((__m256d)v, _mm256_set1_pd(1), (__m256d)sum);
+#else
+  return sum + v;
+#endif
+}
+
 /* The same of one element. */
 template <class Real> BNCORE_INLINE std::enable_if_t<std::is_floating_point_v<Real>, Real> fma(
     Real a, Real b, Real c) {

@@ -82,7 +82,7 @@ template <class T, bool Scaled, class Weigh> struct Deviations {
     if (!Whole) d = keep_first(d, k);
     d = weigh.template counted<Whole>(d, i, k);
     const Wide wd = weigh.template times<Whole>(d, i, k);
-    *first += wd;
+    *first = plus(*first, wd);
     *second = fma(wd, d, *second);
   }
 };
@@ -114,7 +114,7 @@ template <class T, class Source, class Weigh> struct GradientTerms {
     if (!Whole) d = keep_first(d, k);
     g = weigh.template unmasked<Whole>(g, i, k);
     d = weigh.template unmasked<Whole>(d, i, k);
-    *first += g;
+    *first = plus(*first, g);
     *second = fma(g, d, *second);
   }
 };
@@ -243,7 +243,7 @@ BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, 
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const Product p = terms.template at<Whole>(r, c + v * kWide, k);
-      one[v] += p.first;
+      one[v] = plus(one[v], p.first);
       two[v] = fma(p.first, p.factor, two[v]);
     }
   }

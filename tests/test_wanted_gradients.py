@@ -27,8 +27,9 @@ def chosen(g, names):
 @pytest.mark.parametrize("layout", ["C", "channels_last", "reversed"])
 @pytest.mark.parametrize("wrt", CHOICES, ids=str)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "relu"])
-def test_a_choice_has_the_bits_of_all(backend, wrt, extras, layout):
-    x, dy, residual, gamma, beta = arguments((20, 9, 7, 7), np.float32, layout)
+@pytest.mark.parametrize("shape", [(20, 9, 7, 7), (3, 70, 13, 13)], ids=str)
+def test_a_choice_has_the_bits_of_all(backend, shape, wrt, extras, layout):
+    x, dy, residual, gamma, beta = arguments(shape, np.float32, layout)
     keywords = {"residual": residual, "activation": "relu"} if extras else {}
     _, saved = bncore.batch_norm(x, gamma, beta, **keywords)
     g, few = (bncore.batch_norm_backward(dy, saved, wrt=some) for some in (None, wrt))

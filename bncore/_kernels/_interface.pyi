@@ -196,10 +196,12 @@ class Gradient(Protocol):
         dy: ArrayLike,
         x: Values,
         record: Record,
+        with_dx: bool,
+        with_sums: bool,
         with_dz: bool,
         out: Values | None,
         num_threads: int,
-    ) -> tuple[Values, Parameter | None, Parameter | None, Values | None, bool] | None: ...
+    ) -> tuple[Values | None, Parameter | None, Parameter | None, Values | None, bool] | None: ...
 
 class Yardstick(Protocol):
     def copy(
