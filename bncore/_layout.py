@@ -10,6 +10,7 @@ without such a view (reversed, broadcast, unaligned, byte-swapped ones) are copi
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -39,46 +40,12 @@ def layout_of(x: np.ndarray, channel_axes: tuple[int, ...]) -> Layout:
     channel_axes : tuple of int
         Sorted, non-negative.
     """
-    by_stride = sorted(
-        range(x.ndim),
-        # An axis of length 1 has no stride to speak of: it stays beside its neighbour.
-        key=lambda axis: (-abs(_effective_stride(x, axis)), axis),
-    )
-    logical = _logical_order(x.ndim, channel_axes)
-    if all(x.shape[axis] == 1 for axis in channel_axes):
-        # One channel: every other axis is within its one row.
-        orders = [
-            channel_axes + tuple(axis for axis in order if axis not in channel_axes)
-            for order in (by_stride, logical)
-        ]
-    else:
-        orders = [tuple(by_stride), logical]
-    for order in orders:
-        if _side_by_side(order, channel_axes):
-            layout = _split(x.shape, order, channel_axes)
-            if has_view(x, layout):
-                return layout
-    return _split(x.shape, orders[1], channel_axes)
+    return _layout_of(x.shape, x.strides, _size_of_native(x), channel_axes)
 
 
 def has_view(array: np.ndarray, layout: Layout) -> bool:
     """Whether ``array`` can be seen in ``layout`` without a copy, by the kernels' rules."""
-    if not (array.flags.aligned and array.dtype.isnative):
-        return False
-    if array.size == 0:
-        return True
-    begin, end = layout.split
-    strides = []
-    for axes in (layout.order[:begin], layout.order[begin:end], layout.order[end:]):
-        stride = _merged_stride(array, axes)
-        if stride is None or stride % array.itemsize:
-            return False
-        strides.append(stride // array.itemsize)
-    n, c, s = layout.shape
-    outer, channel, inner = strides
-    if s > 1:
-        return inner == 1 and (s >= PACKED or c == 1 or channel == s)
-    return (c == 1 or channel == 1) and (c >= PACKED or n == 1 or outer == c)
+    return _has_view(array.shape, array.strides, _size_of_native(array), layout)
 
 
 def to_kernel(array: np.ndarray, layout: Layout) -> np.ndarray:
@@ -114,11 +81,64 @@ def gate_bytes(shape: tuple[int, int, int]) -> int:
     return rows * ((length + 7) // 8) + 8
 
 
-def _effective_stride(x: np.ndarray, axis: int) -> int:
-    if x.shape[axis] != 1:
-        return x.strides[axis]
-    following = [i for i in range(axis + 1, x.ndim) if x.shape[i] != 1]
-    return x.strides[following[0]] * x.shape[following[0]] if following else 0
+# A training loop asks the same of the same shapes and strides again and again.
+_remember = lru_cache(maxsize=256)
+
+
+def _size_of_native(array: np.ndarray) -> int:
+    """Bytes of an element, 0 where the kernels can't read it as it lies."""
+    return array.itemsize if array.flags.aligned and array.dtype.isnative else 0
+
+
+@_remember
+def _layout_of(shape, strides, itemsize, channel_axes) -> Layout:
+    by_stride = sorted(
+        range(len(shape)),
+        # An axis of length 1 has no stride to speak of: it stays beside its neighbour.
+        key=lambda axis: (-abs(_effective_stride(shape, strides, axis)), axis),
+    )
+    logical = _logical_order(len(shape), channel_axes)
+    if all(shape[axis] == 1 for axis in channel_axes):
+        # One channel: every other axis is within its one row.
+        orders = [
+            channel_axes + tuple(axis for axis in order if axis not in channel_axes)
+            for order in (by_stride, logical)
+        ]
+    else:
+        orders = [tuple(by_stride), logical]
+    for order in orders:
+        if _side_by_side(order, channel_axes):
+            layout = _split(shape, order, channel_axes)
+            if _has_view(shape, strides, itemsize, layout):
+                return layout
+    return _split(shape, orders[1], channel_axes)
+
+
+@_remember
+def _has_view(shape, strides, itemsize, layout) -> bool:
+    if itemsize == 0:
+        return False
+    if 0 in shape:
+        return True
+    begin, end = layout.split
+    merged = []
+    for axes in (layout.order[:begin], layout.order[begin:end], layout.order[end:]):
+        stride = _merged_stride(shape, strides, axes)
+        if stride is None or stride % itemsize:
+            return False
+        merged.append(stride // itemsize)
+    n, c, s = layout.shape
+    outer, channel, inner = merged
+    if s > 1:
+        return inner == 1 and (s >= PACKED or c == 1 or channel == s)
+    return (c == 1 or channel == 1) and (c >= PACKED or n == 1 or outer == c)
+
+
+def _effective_stride(shape, strides, axis: int) -> int:
+    if shape[axis] != 1:
+        return strides[axis]
+    following = [i for i in range(axis + 1, len(shape)) if shape[i] != 1]
+    return strides[following[0]] * shape[following[0]] if following else 0
 
 
 def _logical_order(ndim: int, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,12 +161,12 @@ def _split(shape, order, channel_axes) -> Layout:
     return Layout(order, (n, c, s), (begin, end))
 
 
-def _merged_stride(array: np.ndarray, axes: tuple[int, ...]) -> int | None:
+def _merged_stride(shape, strides, axes: tuple[int, ...]) -> int | None:
     """The one byte stride that walks ``axes`` in order, or None; 0 where nothing is walked."""
-    long_axes = [axis for axis in axes if array.shape[axis] != 1]
+    long_axes = [axis for axis in axes if shape[axis] != 1]
     if not long_axes:
         return 0
     for outer, inner in zip(long_axes, long_axes[1:], strict=False):
-        if array.strides[outer] != array.strides[inner] * array.shape[inner]:
+        if strides[outer] != strides[inner] * shape[inner]:
             return None
-    return array.strides[long_axes[-1]]
+    return strides[long_axes[-1]]
