@@ -81,17 +81,18 @@ def gate_bytes(shape: tuple[int, int, int]) -> int:
     return rows * ((length + 7) // 8) + 8
 
 
-# A training loop asks the same of the same shapes and strides again and again.
-_remember = lru_cache(maxsize=256)
-
-
 def _size_of_native(array: np.ndarray) -> int:
     """Bytes of an element, 0 where the kernels can't read it as it lies."""
     return array.itemsize if array.flags.aligned and array.dtype.isnative else 0
 
 
-@_remember
-def _layout_of(shape, strides, itemsize, channel_axes) -> Layout:
+# Both are remembered: a training loop asks them of the same shapes and strides again and again.
+
+
+@lru_cache(maxsize=256)
+def _layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, channel_axes: tuple[int, ...]
+) -> Layout:
     by_stride = sorted(
         range(len(shape)),
         # An axis of length 1 has no stride to speak of: it stays beside its neighbour.
@@ -114,9 +115,11 @@ def _layout_of(shape, strides, itemsize, channel_axes) -> Layout:
     return _split(shape, orders[1], channel_axes)
 
 
-@_remember
-def _has_view(shape, strides, itemsize, layout) -> bool:
-    if itemsize == 0:
+@lru_cache(maxsize=256)
+def _has_view(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, layout: Layout
+) -> bool:
+    if itemsize == 0:  # see _size_of_native
         return False
     if 0 in shape:
         return True

@@ -710,6 +710,7 @@ cdef int backward_with_scratch(
     cdef Scratch scratch
     cdef double* gates = gates_and_sums(scratch, grid, num_threads if by_groups else 1)
     cdef double* partial = gates + 2 * shape.channels
+    cdef Tickets to_write
     if small:
         prepare_gates(shape.channels, input, gates, &parameters, 1)
         if output.dx.data != NULL:
@@ -720,7 +721,8 @@ cdef int backward_with_scratch(
         if sum_dy != NULL:
             reduce_small(grid, input, parameters, partial, sum_dy, sum_dy_xhat)
         if output.dz.data != NULL:
-            gate_all(cells, input, parameters, output.dz, 1)
+            to_write.hand_out_cells(cells, 1, False)
+            gate_cells(cells, input, parameters, False, output.dz, &to_write)
         return 0
     with nogil:
         prepare_gates(shape.channels, input, gates, &parameters, num_threads)
@@ -817,13 +819,13 @@ def backward_plain(
     record : tuple
         Of `bncore.Saved`.
     with_dx, with_sums, with_dz : bool
-        What is asked for; dx needs the sums too.
+        What is asked for; the sums come with dx. ``out`` is for dx alone.
 
     Returns
     -------
     tuple or None
-        dx; dgamma and dbeta, of the sums; and dz, each None where it is not asked for; and whether
-        dx has overwritten x.
+        dx; dgamma and dbeta, from the sums; and dz: each None where it is neither asked for nor comes
+        with what is; and whether dx has overwritten x.
     """
     gamma, beta, axes, _, _, stats, _, _, activation, _, bits, weights = record
     cdef Shape shape
@@ -843,7 +845,9 @@ def backward_plain(
         return None
     cdef Epilogue epilogue = epilogue_of(activation)
     cdef bint summing = with_dx or with_sums
-    dx = out if out is not None else fresh_like(<cnp.ndarray> x) if with_dx else None
+    dx = None
+    if with_dx:
+        dx = fresh_like(<cnp.ndarray> x) if out is None else out
     cdef bint in_place = dx is not None and (
         cnp.PyArray_DATA(<cnp.ndarray> dx) == cnp.PyArray_DATA(<cnp.ndarray> x)
     )

@@ -99,17 +99,6 @@ BNCORE_INLINE HalfFloats fma(HalfFloats a, HalfFloats b, HalfFloats c) {
 #endif
 }
 
-/* sum + v. Where vectors are of 256 bits this is a multiplication by 1 and an addition in one, the
- * same bits: AMD's processors add and multiply in different units, and sums have enough to do for
- * both, what is converted to float64 being added to by the first alone. */
-BNCORE_INLINE Wide plus(Wide sum, Wide v) {
-#if defined(__AVX2__) && !defined(__AVX512VL__)
-  return (Wide)_mm256_fmadd_pd((__m256d)v, _mm256_set1_pd(1), (__m256d)sum);
-#else
-  return sum + v;
-#endif
-}
-
 /* The same of one element. */
 template <class Real> BNCORE_INLINE std::enable_if_t<std::is_floating_point_v<Real>, Real> fma(
     Real a, Real b, Real c) {
@@ -118,6 +107,17 @@ template <class Real> BNCORE_INLINE std::enable_if_t<std::is_floating_point_v<Re
   else return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+/* sum + v. In vectors of 256 bits as 1 v + sum, rounded once and so the same: AMD's processors have
+ * units that add and units that multiply and add, and sums keep the first busy with conversions to
+ * float64 already. */
+BNCORE_INLINE Wide plus(Wide sum, Wide v) {
+#if defined(__AVX2__) && !defined(__AVX512VL__)
+  return (Wide)_mm256_fmadd_pd((__m256d)v, _mm256_set1_pd(1), (__m256d)sum);
+#else
+  return sum + v;
 #endif
 }
 
@@ -163,7 +163,7 @@ inline Wide to_wide(HalfFloats v) {
 
 inline Wide to_wide(Wide v) { return v; }
 
-/* v where x is above low and, if there is one, below high, or a NaN; else 0. */
+/* 0 where x <= low or, if there is a high, x >= high, else v: a NaN closes nothing. */
 template <class V> BNCORE_INLINE Wide to_wide_within(V v, V x, V low) {
 #if defined(__AVX512VL__)
   if constexpr (std::is_same_v<V, HalfFloats>) {
