@@ -223,3 +223,34 @@ def test_where_an_activation_is_closed_no_gradient_is_read(
     assert bits(*(one for one in g if one is not None)) == bits(
         *(one for one in expected if one is not None)
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES[:4])
+def test_a_channel_whose_z_is_one_value_is_open_or_closed_as_a_whole(
+    backend, shape, axis, dtype, activation, has_residual
+):
+    """No x is at the gate's end then: where gamma is 0 there is no such x."""
+    x, dy, gamma, beta, residual = arguments(shape, axis, dtype, has_residual)
+    gamma[:], beta[:] = 0, np.resize(np.array([0.5, -2, 2, -0.2], dtype), beta.shape)
+    if has_residual:
+        residual[:] = 0
+    low, high, outside = {
+        None: (-np.inf, np.inf, 1),
+        "relu": (0, np.inf, 0),
+        "leaky_relu": (0, np.inf, activation[1] if activation else 1),
+        "clip": (-0.3, 0.9, 0),
+    }[activation if activation in (None, "relu") else activation[0]]
+    _, saved = bncore.batch_norm(
+        x, gamma, beta, axis=axis, activation=activation, residual=residual
+    )
+    g = bncore.batch_norm_backward(dy, saved)
+    passed = np.where((beta > low) & (beta < high), 1, dtype(outside))
+    positions = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    wide, wide_dy = x.astype(float), dy.astype(float)
+    xhat = (wide - wide.mean(positions, keepdims=True)) / np.sqrt(
+        wide.var(positions, keepdims=True) + 1e-5
+    )
+    assert np.allclose(g.dbeta, passed * wide_dy.sum(positions), rtol=1e-4, atol=1e-4)
+    assert np.allclose(g.dgamma, passed * (wide_dy * xhat).sum(positions), rtol=1e-4, atol=1e-4)
+    assert (g.dx == 0).all()
