@@ -139,27 +139,29 @@ template <class T, bool Scaled, bool Stream, class From, class Positions> struct
 template <class T, bool Stream, class From, class Positions> struct GateWriter {
   static constexpr bool kStream = Stream, kWeighted = Positions::kAny;
   From from;
+  View<const T> x;
   View<T> out;
   Positions weights;
 
   template <class Pick, class Weigh>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh weigh) const {
     const auto source = from.source(pick, n, c, s);
-    return JustGate<T, decltype(source), Weigh>{{}, source, weigh};
+    return JustGate<T, decltype(source), Weigh>{{}, source, x.at(n, c) + s, weigh};
   }
 };
 
 template <class T, bool Stream, class From> struct FixedGradientWriter {
   static constexpr bool kStream = Stream, kWeighted = false;
   From from;
+  View<const T> x;
   View<T> out;
   EveryPosition weights;
 
   template <class Pick, class Weigh>
   auto map(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s, Weigh) const {
     const auto source = from.source(pick, n, c, s);
-    return FixedGradient<T, Pick::template Coefficient, decltype(source)>{{}, source,
-                                                                          pick(kScale)};
+    return FixedGradient<T, Pick::template Coefficient, decltype(source)>{
+        {}, source, x.at(n, c) + s, pick(kScale)};
   }
 };
 
@@ -323,29 +325,43 @@ template <class T> struct BackwardInput {
     if (keep) input.dy = kept_dy(grid, group).view(), input.x = kept_x(grid, group).view();
     return input;
   }
+  /* Whether the gates are intervals of x. */
+  bool by_interval() const { return epilogue.activation != 0 && !bits; }
   /* Whether one comparison tells each gate of a group: no interval ends above, as with a ReLU and
    * no gamma below 0. */
   bool gates_below(const Grid& grid, const GradientParameters& p, ptrdiff_t group) const {
-    if (epilogue.activation == 0 || bits) return false;
+    if (!by_interval()) return false;
     for (ptrdiff_t c = grid.first_channel(group); c < grid.last_channel(group); ++c)
       if (p.gate_high[c] == p.gate_high[c]) return false;
     return true;
   }
-  /* Calls visit with where dz comes from; below: gates_below of all groups it is for. */
-  template <class Visit>
+  /* Calls visit with where dz comes from; below: gates_below of all groups it is for. Beside weights all
+   * intervals are taken as sloped ones: more instances would cost more than they save. */
+  template <bool Weighted, class Visit>
   void visit(const Grid& grid, bool below, const Visit& visit_from) const {
     const Gate<T> gate(epilogue);
     const auto its_bits = GateBits<const uint8_t>::of(grid, bits);
     if (epilogue.activation == 0) visit_from(PlainGradient<T>{dy});
     else if (bits) visit_from(BitGradient<T>{dy, its_bits, gate});
-    else if (gate.outside != 0) visit_from(IntervalGradient<T, Interval::kSloped>{dy, x, gate});
-    else if (below) visit_from(IntervalGradient<T, Interval::kZeroBelow>{dy, x, gate});
-    else visit_from(IntervalGradient<T, Interval::kZero>{dy, x, gate});
+    else if (Weighted || gate.outside != 0)
+      visit_from(IntervalGradient<T, Interval::kSloped>{dy, gate});
+    else if constexpr (!Weighted) {
+      if (below) visit_from(IntervalGradient<T, Interval::kZeroBelow>{dy, gate});
+      else visit_from(IntervalGradient<T, Interval::kZero>{dy, gate});
+    }
+  }
+  /* The same of one group, and with the positions' weights. */
+  template <class Visit>
+  void visit_all(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
+                 const Visit& visit_both) const {
+    const bool below = gates_below(grid, p, group);
+    weights.visit([&](auto positions) {
+      visit<decltype(positions)::kAny>(grid, below, [&](const auto& from) {
+        visit_both(from, positions);
+      });
+    });
   }
 };
-
-/* Channels whose gates are found together. */
-constexpr ptrdiff_t kGatesAtOnce = 64;
 
 /* The gates of a part of the channels as intervals of x. */
 template <class T>
@@ -360,14 +376,10 @@ BNCORE_OWN_FRAME void find_gates(const BackwardInput<T>& input, const GradientPa
   CoefficientTable<T> table(parts, nullptr);
   fill_normalize<T>(parts, p, part, true, &table);
   const ptrdiff_t first = parts.first_channel(part);
-  for (ptrdiff_t c = first; c < parts.last_channel(part); ++c) {
-    const auto of = [&](int which) { return table.row(which)[c - first]; };
-    const Ramp<Real> z = {of(kMean), of(kScale), of(kOffset), of(kUnit)};
-    Real low, high;
-    gate_interval(gate, z, &low, &high);
-    gate_low[c] = low;
-    gate_high[c] = high;
-  }
+  const Ramps<Real> ramps = {table.row(kMean), table.row(kScale), table.row(kOffset),
+                             table.row(kUnit)};
+  gate_intervals(gate, ramps, parts.last_channel(part) - first, gate_low + first,
+                 gate_high + first);
 }
 
 /* The sums of one cell: dz and dz (x - mean). */
@@ -375,20 +387,14 @@ template <class T>
 inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
                          const GradientParameters& p, ptrdiff_t group, ptrdiff_t block,
                          double* partial) {
-  const auto sum = [&](const auto& from, const GateTable<T>* table) {
-    input.weights.visit([&](auto positions) {
-      typedef BackwardTerms<T, std::decay_t<decltype(from)>, decltype(positions)> Terms;
-      const Terms terms = {from, positions, input.x, p.mean, p.mean_lo, table,
-                           grid.first_channel(group), input.kept_dy(grid, group),
-                           input.kept_x(grid, group)};
-      sum_block<T>(grid, terms, group, block, partial);
-    });
-  };
-  input.visit(grid, input.gates_below(grid, p, group), [&](const auto& from) {
-    if constexpr (!kHasInterval<std::decay_t<decltype(from)>>) return sum(from, nullptr);
-    GateTable<T> table;
-    fill_gates(grid, p, group, &table);
-    sum(from, &table);
+  GateTable<T> table;
+  if (input.by_interval()) fill_gates(grid, p, group, &table);
+  input.visit_all(grid, p, group, [&](const auto& from, auto positions) {
+    typedef BackwardTerms<T, std::decay_t<decltype(from)>, decltype(positions)> Terms;
+    const Terms terms = {from, positions, input.x, p.mean, p.mean_lo, &table,
+                         grid.first_channel(group), input.kept_dy(grid, group),
+                         input.kept_x(grid, group)};
+    sum_block<T>(grid, terms, group, block, partial);
   });
 }
 
@@ -399,19 +405,21 @@ BNCORE_OWN_FRAME void gate_block(const Grid& grid, const BackwardInput<T>& input
                                  ptrdiff_t block, Seams<T>* seams) {
   CoefficientTable<T> table(grid, start_of(grid, dz, group, block));
   const JustWrite<T> work = {grid, group, block, seams};
-  const auto write = [&](const auto& from) {
+  const auto write = [&](const auto& from, auto positions) {
     typedef std::decay_t<decltype(from)> From;
-    if (kHasInterval<From>) fill_gates(grid, p, group, &table);
-    input.weights.visit([&](auto positions) {
-      typedef decltype(positions) Positions;
-      if (stream) work(table, GateWriter<T, true, From, Positions>{from, dz, positions});
-      else work(table, GateWriter<T, false, From, Positions>{from, dz, positions});
-    });
+    typedef decltype(positions) Positions;
+    if (stream) work(table, GateWriter<T, true, From, Positions>{from, input.x, dz, positions});
+    else work(table, GateWriter<T, false, From, Positions>{from, input.x, dz, positions});
   };
-  if (!input.residual.data || input.epilogue.activation == 0)
-    return input.visit(grid, input.gates_below(grid, p, group), write);
+  if (!input.residual.data || input.epilogue.activation == 0) {
+    if (input.by_interval()) fill_gates(grid, p, group, &table);
+    return input.visit_all(grid, p, group, write);
+  }
   fill_normalize(grid, p, group, true, &table);
-  write(LatentGradient<T>{input.dy, input.x, input.residual, Gate<T>(input.epilogue)});
+  input.weights.visit([&](auto positions) {
+    const Gate<T> gate(input.epilogue);
+    write(LatentGradient<T>{input.dy, input.x, input.residual, gate}, positions);
+  });
 }
 
 /* dx of one cell. */
@@ -440,11 +448,9 @@ inline void gradient_block(const Grid& grid, const BackwardInput<T>& first_input
                            bool stream, ptrdiff_t group, ptrdiff_t block, Seams<T>* seams) {
   const BackwardInput<T> input = first_input.again(grid, group);
   if (output.dz.data) gate_block(grid, input, output.dz, p, stream, group, block, seams);
-  input.visit(grid, input.gates_below(grid, p, group), [&](const auto& from) {
-    input.weights.visit([&](auto positions) {
-      gradient_work(JustWrite<T>{grid, group, block, seams}, from, positions, input.x, output.dx, p,
-                    stream);
-    });
+  input.visit_all(grid, p, group, [&](const auto& from, auto positions) {
+    gradient_work(JustWrite<T>{grid, group, block, seams}, from, positions, input.x, output.dx, p,
+                  stream);
   });
 }
 
@@ -458,19 +464,14 @@ inline void gradient_and_sum_block(const Grid& grid, const BackwardInput<T>& inp
   const BackwardInput<T> kept = input.again(grid, group);
   if (output.dz.data) gate_block(grid, kept, output.dz, p, stream, group, block, seams);
   const bool below = input.gates_below(grid, p, group) && input.gates_below(grid, p, next);
-  input.visit(grid, below, [&](const auto& from) {
-    typedef std::decay_t<decltype(from)> From;
-    typedef BackwardTerms<T, From, EveryPosition> Terms;
-    const auto work = [&](const GateTable<T>* table) {
-      const Terms terms = {from, {}, input.x, p.mean, p.mean_lo, table, grid.first_channel(next),
-                           input.kept_dy(grid, next), input.kept_x(grid, next)};
-      gradient_work(WriteAndSum<T, Terms>{grid, group, block, next, terms, partial, seams},
-                    from.of(kept), EveryPosition(), kept.x, output.dx, p, stream);
-    };
-    if constexpr (!kHasInterval<From>) return work(nullptr);
-    GateTable<T> table;
-    fill_gates(grid, p, next, &table);
-    work(&table);
+  GateTable<T> table;
+  if (input.by_interval()) fill_gates(grid, p, next, &table);
+  input.template visit<false>(grid, below, [&](const auto& from) {
+    typedef BackwardTerms<T, std::decay_t<decltype(from)>, EveryPosition> Terms;
+    const Terms terms = {from, {}, input.x, p.mean, p.mean_lo, &table, grid.first_channel(next),
+                         input.kept_dy(grid, next), input.kept_x(grid, next)};
+    gradient_work(WriteAndSum<T, Terms>{grid, group, block, next, terms, partial, seams},
+                  from.of(kept), EveryPosition(), kept.x, output.dx, p, stream);
   });
 }
 
@@ -487,11 +488,11 @@ BNCORE_OWN_FRAME void fixed_gradient_block(const Grid& grid, const BackwardInput
     return finite<typename Element<T>::Real>(scale[c]);
   }, table.row(kScale));
   const JustWrite<T> work = {grid, group, block, seams};
-  input.visit(grid, input.gates_below(grid, p, group), [&](const auto& from) {
+  if (input.by_interval()) fill_gates(grid, p, group, &table);
+  input.template visit<false>(grid, input.gates_below(grid, p, group), [&](const auto& from) {
     typedef std::decay_t<decltype(from)> From;
-    if (kHasInterval<From>) fill_gates(grid, p, group, &table);
-    if (stream) work(table, FixedGradientWriter<T, true, From>{from, dx, {}});
-    else work(table, FixedGradientWriter<T, false, From>{from, dx, {}});
+    if (stream) work(table, FixedGradientWriter<T, true, From>{from, input.x, dx, {}});
+    else work(table, FixedGradientWriter<T, false, From>{from, input.x, dx, {}});
   });
 }
 

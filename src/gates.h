@@ -37,19 +37,22 @@ template <class T> struct Gate {
 
 /* ------------------------------------------------------------------------------- where dz is */
 
+/* A source gives dz of the elements at i, or of the k that are left, whose x are `x`; `dz` in vectors of
+ * x's type, `wide_dz` as float64. */
+
 /* Elements, or bits, from one row to the next. */
 struct Strides {
-  ptrdiff_t dy, x, bits;
+  ptrdiff_t dy, bits;
 };
 
 /* dz = dy, where there is no activation. */
 template <class T> struct PlainSource {
   const T* dy;
 
-  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
+  template <bool Whole, class V> BNCORE_INLINE V dz(ptrdiff_t i, int k, V) const {
     return load_as<V, Whole>(dy + i, k);
   }
-  template <bool Whole> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k) const {
+  template <bool Whole, class V> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k, V) const {
     return load_wide<Whole>(dy + i, k);
   }
   PlainSource row(ptrdiff_t r, Strides strides) const { return {dy + r * strides.dy}; }
@@ -61,27 +64,25 @@ enum class Interval { kZero, kSloped, kZeroBelow /* where no channel's interval 
 /* The gate is an interval of x. */
 template <class T, template <class> class Coefficient, Interval Kind> struct IntervalSource {
   const T* dy;
-  const T* x;
   Coefficient<T> low, high;
   Gate<T> gate;
 
-  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
-    const V v = load_as<V, Whole>(x + i, k), g = load_as<V, Whole>(dy + i, k);
-    if constexpr (Kind == Interval::kZeroBelow) return v <= low.template as<V>(i) ? V{} : g;
-    const auto closed = gate.closed(v, low.template as<V>(i), high.template as<V>(i));
+  template <bool Whole, class V> BNCORE_INLINE V dz(ptrdiff_t i, int k, V x) const {
+    const V g = load_as<V, Whole>(dy + i, k);
+    if constexpr (Kind == Interval::kZeroBelow) return x <= low.template as<V>(i) ? V{} : g;
+    const auto closed = gate.closed(x, low.template as<V>(i), high.template as<V>(i));
     if constexpr (Kind == Interval::kSloped) return gate.apply(closed, g);
     else return closed ? V{} : g;
   }
-  template <bool Whole> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k) const {
-    typedef typename Element<T>::Narrow V;
-    if constexpr (Kind == Interval::kSloped) return to_wide(dz<V, Whole>(i, k));
-    const V v = load_as<V, Whole>(x + i, k), g = load_as<V, Whole>(dy + i, k);
+  template <bool Whole, class V> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k, V x) const {
+    if constexpr (Kind == Interval::kSloped) return to_wide(dz<Whole>(i, k, x));
+    const V g = load_as<V, Whole>(dy + i, k);
     if constexpr (Kind == Interval::kZeroBelow)
-      return to_wide_within(g, v, low.template as<V>(i));
-    else return to_wide_within(g, v, low.template as<V>(i), high.template as<V>(i));
+      return to_wide_within(g, x, low.template as<V>(i));
+    else return to_wide_within(g, x, low.template as<V>(i), high.template as<V>(i));
   }
   IntervalSource row(ptrdiff_t r, Strides strides) const {
-    return {dy + r * strides.dy, x + r * strides.x, low, high, gate};
+    return {dy + r * strides.dy, low, high, gate};
   }
 };
 
@@ -92,11 +93,11 @@ template <class T> struct BitSource {
   ptrdiff_t first; // the bit of the first element
   Gate<T> gate;
 
-  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
+  template <bool Whole, class V> BNCORE_INLINE V dz(ptrdiff_t i, int k, V) const {
     return gate.apply(lanes_of_bits<V>(bits, first + i), load_as<V, Whole>(dy + i, k));
   }
-  template <bool Whole> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k) const {
-    return to_wide(dz<typename Element<T>::Narrow, Whole>(i, k));
+  template <bool Whole, class V> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k, V x) const {
+    return to_wide(dz<Whole>(i, k, x));
   }
   BitSource row(ptrdiff_t r, Strides strides) const {
     return {dy + r * strides.dy, bits, first + r * strides.bits, gate};
@@ -109,7 +110,7 @@ template <class T, class Latent> struct LatentSource {
   Latent latent;
   Gate<T> gate;
 
-  template <class V, bool Whole> BNCORE_INLINE V dz(ptrdiff_t i, int k) const {
+  template <bool Whole, class V> BNCORE_INLINE V dz(ptrdiff_t i, int k, V) const {
     return gate.apply(gate.closed(latent.template z<V, Whole>(i, k)), load_as<V, Whole>(dy + i, k));
   }
 };
@@ -130,11 +131,15 @@ BNCORE_INLINE void keep_bits(uint8_t* p, ptrdiff_t i, uint64_t bits, int count) 
 
 /* ------------------------------------------------------------------------ intervals of x */
 
-/* z of one channel as the maps compute it. */
-template <class Real> struct Ramp {
-  Real mean, scale, offset, unit;
+/* z of some channels as the maps compute it. */
+template <class Real> struct Ramps {
+  const Real *mean, *scale, *offset, *unit;
 
-  Real operator()(Real x) const { return fma(x * unit - mean, scale, offset); }
+  Real z(ptrdiff_t c, Real x) const { return fma(x * unit[c] - mean[c], scale[c], offset[c]); }
+  /* About where z is at a level. */
+  Real guess(ptrdiff_t c, Real level) const {
+    return ((level - offset[c]) / scale[c] + mean[c]) / unit[c];
+  }
 };
 
 /* Floating-point numbers in their order, as integers. */
@@ -186,6 +191,25 @@ template <class Real, class Holds> inline Real greatest(Real guess, const Holds&
   return O::at(yes);
 }
 
+/* The same of some channels. Most guesses are off by a number or two, which is told of many channels
+ * at once; the others are searched from. */
+template <class Real, class Holds>
+inline void greatest_of(ptrdiff_t channels, const Real* guess, const Holds& holds, Real* found) {
+  typedef Ordinal<Real> O;
+  typedef typename O::Int Int;
+  constexpr Real far = std::numeric_limits<Real>::max() / 2;
+  for (ptrdiff_t c = 0; c < channels; ++c) {
+    const Int before = O::of(guess[c]) - 2;
+    const auto held = [&](Int places) { return static_cast<Int>(holds(c, O::at(before + places))); };
+    const Int held_by = held(1) + held(2) + held(3) + held(4);
+    const bool near = held(0) && !held(5) && std::fabs(guess[c]) < far;
+    found[c] = near ? O::at(before + held_by) : std::numeric_limits<Real>::quiet_NaN();
+  }
+  for (ptrdiff_t c = 0; c < channels; ++c)
+    if (found[c] != found[c])
+      found[c] = greatest(guess[c], [&](Real x) { return holds(c, x); });
+}
+
 /* The number after x, for what `greatest` gives: infinity and NaN change places with their
  * meaning, as nothing is beyond all numbers and everything beyond none. */
 template <class Real> inline Real beyond(Real x) {
@@ -194,23 +218,31 @@ template <class Real> inline Real beyond(Real x) {
   return Ordinal<Real>::at(Ordinal<Real>::of(x) + 1);
 }
 
-/* The interval of x for which a channel's z passes the gate; a limit that is NaN bounds nothing. */
+/* Channels whose gates are found together. */
+constexpr ptrdiff_t kGatesAtOnce = 64;
+
+/* The intervals of x for which channels' z pass the gate; a limit that is NaN bounds nothing. Where z
+ * falls with x its lower level is the upper end of the interval. */
 template <class T, class Real = typename Element<T>::Real>
-inline void gate_interval(const Gate<T>& gate, const Ramp<Real>& z, Real* low, Real* high) {
+inline void gate_intervals(const Gate<T>& gate, const Ramps<Real>& ramps, ptrdiff_t channels,
+                           double* low, double* high) {
+  Real guess[kGatesAtOnce], at_low[kGatesAtOnce], at_high[kGatesAtOnce];
+  const auto falls = [&](ptrdiff_t c) { return ramps.scale[c] < 0; };
+  for (ptrdiff_t c = 0; c < channels; ++c) guess[c] = ramps.guess(c, gate.low);
+  greatest_of(channels, guess, [&](ptrdiff_t c, Real x) {
+    return (ramps.z(c, x) <= gate.low) != falls(c);
+  }, at_low);
+  const bool bounded = !(gate.high > std::numeric_limits<Real>::max());
+  for (ptrdiff_t c = 0; bounded && c < channels; ++c) guess[c] = ramps.guess(c, gate.high);
+  if (bounded)
+    greatest_of(channels, guess, [&](ptrdiff_t c, Real x) {
+      return (ramps.z(c, x) >= gate.high) == falls(c);
+    }, at_high);
   constexpr Real nan = std::numeric_limits<Real>::quiet_NaN();
-  const auto guess = [&](Real level) {
-    return ((level - z.offset) / z.scale + z.mean) / z.unit;
-  };
-  const auto under = [&](Real x) { return z(x) <= gate.low; };
-  const auto over = [&](Real x) { return z(x) >= gate.high; };
-  const bool falls = z.scale < 0, unbounded = gate.high > std::numeric_limits<Real>::max();
-  const Real from_low = guess(gate.low), from_high = guess(gate.high);
-  if (!falls) {
-    *low = greatest(from_low, under);
-    *high = unbounded ? nan : beyond(greatest(from_high, [&](Real x) { return !over(x); }));
-  } else {
-    *low = unbounded ? nan : greatest(from_high, over);
-    *high = beyond(greatest(from_low, [&](Real x) { return !under(x); }));
+  for (ptrdiff_t c = 0; c < channels; ++c) {
+    const Real its_low = falls(c) ? (bounded ? at_high[c] : nan) : at_low[c];
+    const Real its_high = falls(c) ? beyond(at_low[c]) : bounded ? beyond(at_high[c]) : nan;
+    low[c] = its_low, high[c] = its_high;
   }
 }
 

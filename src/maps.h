@@ -24,7 +24,7 @@ template <class T> struct OneStep {
   typedef typename Element<T>::Vec Vec;
   static constexpr bool kKeepsGate = false;
   static constexpr int kArrays = 1; // that are read
-  template <int Level> void prefetch_unkept(ptrdiff_t, ptrdiff_t) const {}
+  template <int Level> BNCORE_INLINE void prefetch_unkept(ptrdiff_t, ptrdiff_t) const {}
   template <bool Whole> BNCORE_INLINE Vec finish(Vec v, ptrdiff_t, int) const { return v; }
 };
 
@@ -39,11 +39,11 @@ template <class T, class Latent, class Activation, class Weigh, bool Residual> s
   uint8_t* bits;       // null: none are kept
   ptrdiff_t first_bit; // of this row
 
-  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+  template <int Level> BNCORE_INLINE void prefetch(ptrdiff_t i, ptrdiff_t n) const {
     prefetch_lines<Level>(latent.x + i, n);
     prefetch_unkept<Level>(i, n);
   }
-  template <int Level> void prefetch_unkept(ptrdiff_t i, ptrdiff_t n) const {
+  template <int Level> BNCORE_INLINE void prefetch_unkept(ptrdiff_t i, ptrdiff_t n) const {
     if (Residual) prefetch_lines<Level>(latent.residual + i, n);
   }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
@@ -64,14 +64,13 @@ struct Gradient : OneStep<T> {
   Coefficient<T> mean, shift, rest, slope, scale, unit;
   Weigh weigh;
 
-  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+  template <int Level> BNCORE_INLINE void prefetch(ptrdiff_t i, ptrdiff_t n) const {
     prefetch_lines<Level>(x + i, n);
     prefetch_lines<Level>(source.dy + i, n);
   }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
-    Vec v = load_as<Vec, Whole>(x + i, k);
-    if (Scaled) v *= unit.at(i);
-    const Vec d = v - mean.at(i), dz = source.template dz<Vec, Whole>(i, k);
+    const Vec its_x = load_as<Vec, Whole>(x + i, k), dz = source.template dz<Whole>(i, k, its_x);
+    const Vec d = (Scaled ? its_x * unit.at(i) : its_x) - mean.at(i);
     const Vec its_shift = weigh.template times<Whole>(shift.at(i), i, k);
     const Vec its_rest = weigh.template times<Whole>(rest.at(i), i, k);
     const Vec wd = weigh.template times<Whole>(d, i, k);
@@ -84,13 +83,15 @@ struct Gradient : OneStep<T> {
 template <class T, class Source, class Weigh> struct JustGate : OneStep<T> {
   typedef typename Element<T>::Vec Vec;
   Source source;
+  const T* x;
   Weigh weigh;
 
-  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+  template <int Level> BNCORE_INLINE void prefetch(ptrdiff_t i, ptrdiff_t n) const {
     prefetch_lines<Level>(source.dy + i, n);
   }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
-    return weigh.template unmasked<Whole>(source.template dz<Vec, Whole>(i, k), i, k);
+    const Vec dz = source.template dz<Whole>(i, k, load_as<Vec, Whole>(x + i, k));
+    return weigh.template unmasked<Whole>(dz, i, k);
   }
 };
 
@@ -99,13 +100,14 @@ template <class T, template <class> class Coefficient, class Source>
 struct FixedGradient : OneStep<T> {
   typedef typename Element<T>::Vec Vec;
   Source source;
+  const T* x;
   Coefficient<T> scale;
 
-  template <int Level> void prefetch(ptrdiff_t i, ptrdiff_t n) const {
+  template <int Level> BNCORE_INLINE void prefetch(ptrdiff_t i, ptrdiff_t n) const {
     prefetch_lines<Level>(source.dy + i, n);
   }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
-    return source.template dz<Vec, Whole>(i, k) * scale.at(i);
+    return source.template dz<Whole>(i, k, load_as<Vec, Whole>(x + i, k)) * scale.at(i);
   }
 };
 
@@ -220,8 +222,8 @@ constexpr ptrdiff_t kMapAhead = kFetchAhead / (Map::kArrays * static_cast<ptrdif
 /* Write elements [i, n) of the map to `out`, whole lines past the cache where Stream says so; what is
  * read then comes from memory, and is fetched so many elements ahead to a cache of this Level. */
 template <bool Stream, int Level, class T, class Map>
-inline void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, ptrdiff_t ahead,
-                      Seam<T>* seam) {
+BNCORE_INLINE void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, ptrdiff_t ahead,
+                             Seam<T>* seam) {
   constexpr int unroll = 4, turn = unroll * Element<T>::kLanes;
   i = write_head<Stream>(map, out, i, n, seam);
   for (; i + turn <= n; i += turn) {
@@ -235,8 +237,8 @@ inline void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, ptrdiff_
  * to be read, and neither keeps the other from it. The sums are those of add_row. The map reads
  * kept rows; the other row is kept in their place, so never before they have been read. */
 template <bool Stream, class T, class Map, class Terms>
-inline void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdiff_t n,
-                              Onward onward, Seam<T>* seam, Accumulator* sums) {
+BNCORE_INLINE void write_and_add_row(const Map& map, T* out, const Terms& terms, ptrdiff_t n,
+                                     Onward onward, Seam<T>* seam, Accumulator* sums) {
   constexpr int lanes = Element<T>::kLanes, unroll = kStep / lanes < 4 ? 4 : kStep / lanes;
   constexpr int turn = unroll * lanes;
   static_assert(turn % kStep == 0, "a turn of the map is whole steps of the sums");

@@ -66,28 +66,26 @@ template <class T, bool Scaled, class From> struct MomentTerms {
 };
 
 /* Where dz of a backward pass comes from: from dy alone, or through an activation. `of` is the same
- * of other dy and x. */
+ * of another dy. */
 template <class T> struct PlainGradient {
   View<const T> dy;
 
   template <class Input> PlainGradient of(const Input& input) const { return {input.dy}; }
-  Strides strides() const { return {dy.n_stride, 0, 0}; }
+  Strides strides() const { return {dy.n_stride, 0}; }
   template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     return PlainSource<T>{dy.at(n, c) + s};
   }
 };
 
 template <class T, Interval Kind> struct IntervalGradient {
-  View<const T> dy, x;
+  View<const T> dy;
   Gate<T> gate;
 
-  template <class Input> IntervalGradient of(const Input& input) const {
-    return {input.dy, input.x, gate};
-  }
-  Strides strides() const { return {dy.n_stride, x.n_stride, 0}; }
+  template <class Input> IntervalGradient of(const Input& input) const { return {input.dy, gate}; }
+  Strides strides() const { return {dy.n_stride, 0}; }
   template <class Pick> auto source(const Pick& pick, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
-    return IntervalSource<T, Pick::template Coefficient, Kind>{
-        dy.at(n, c) + s, x.at(n, c) + s, pick(kGateLow), pick(kGateHigh), gate};
+    return IntervalSource<T, Pick::template Coefficient, Kind>{dy.at(n, c) + s, pick(kGateLow),
+                                                               pick(kGateHigh), gate};
   }
 };
 
@@ -97,7 +95,7 @@ template <class T> struct BitGradient {
   Gate<T> gate;
 
   template <class Input> BitGradient of(const Input& input) const { return {input.dy, bits, gate}; }
-  Strides strides() const { return {dy.n_stride, 0, bits.n_stride}; }
+  Strides strides() const { return {dy.n_stride, bits.n_stride}; }
   template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
     return BitSource<T>{dy.at(n, c) + s, bits.data, bits.at(n, c, s), gate};
   }
@@ -151,7 +149,7 @@ template <class T, class From, class At> struct BackwardTerms {
     const auto source = from.source(PickPerPlace<T, GateTable<T>>{table}, n, c, 0);
     const Strides one = from.strides();
     return ColumnGradientTerms<T, decltype(source), Weigh>{
-        source, x.at(n, c), {one.dy * tile, x.n_stride * tile, one.bits * tile}, means, means_lo,
+        source, x.at(n, c), {one.dy * tile, one.bits * tile}, x.n_stride * tile, means, means_lo,
         lines};
   }
 };

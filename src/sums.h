@@ -32,7 +32,10 @@ BNCORE_INLINE void two_sum(double v, double* hi, double* lo) {
 }
 
 /* Bytes that are fetched ahead, over all arrays that are read: so many that memory's latency has
- * passed when they are needed, and not so many that they leave the cache before. */
+ * passed when they are needed, and not so many that they leave the cache before.
+ *
+ * What fetches is always inlined: gcc takes a function that does nothing else for one without an effect,
+ * and drops calls to it. */
 constexpr ptrdiff_t kFetchAhead = 8192;
 
 /* The caches to fetch to, as the compiler counts them. */
@@ -74,7 +77,9 @@ template <class T, bool Scaled, class Weigh> struct Deviations {
   T* kept;
 
   Wide centred(Wide v) const { return Scaled ? v * unit - shift : v - shift; }
-  void prefetch(ptrdiff_t i, ptrdiff_t ahead) const { prefetch_lines(x + i + ahead, kStep); }
+  BNCORE_INLINE void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
+    prefetch_lines(x + i + ahead, kStep);
+  }
   bool keeps() const { return kept; }
   void keep(ptrdiff_t i, ptrdiff_t n) const { copy_row(x + i, n, kept + i); }
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
@@ -99,7 +104,7 @@ template <class T, class Source, class Weigh> struct GradientTerms {
   T *kept_dy, *kept_x;
 
   Wide centred(Wide v) const { return kNeedsLow<T> ? (v - mean) - mean_lo : v - mean; }
-  void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
+  BNCORE_INLINE void prefetch(ptrdiff_t i, ptrdiff_t ahead) const {
     prefetch_lines(x + i + ahead, kStep);
     prefetch_lines(source.dy + i + ahead, kStep);
   }
@@ -109,8 +114,8 @@ template <class T, class Source, class Weigh> struct GradientTerms {
     copy_row(x + i, n, kept_x + i);
   }
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
-    Wide g = source.template wide_dz<Whole>(i, k);
-    Wide d = centred(load_wide<Whole>(x + i, k));
+    const auto its_x = load_narrow<Whole>(x + i, k);
+    Wide g = source.template wide_dz<Whole>(i, k, its_x), d = centred(to_wide(its_x));
     if (!Whole) d = keep_first(d, k);
     g = weigh.template unmasked<Whole>(g, i, k);
     d = weigh.template unmasked<Whole>(d, i, k);
@@ -215,18 +220,20 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   Source source;
   const T* x;
   Strides strides;
+  ptrdiff_t x_stride;
   const double* mean;
   const double* mean_lo;
   Lines<Weigh> weights;
 
   Fetched ahead(ptrdiff_t row) const {
-    return {{x + row * strides.x, source.dy + row * strides.dy}, {strides.x, strides.dy}};
+    return {{x + row * x_stride, source.dy + row * strides.dy}, {x_stride, strides.dy}};
   }
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
-    Wide d = load_wide<Whole>(x + row * strides.x + c, k) - load_unaligned<Wide>(mean + c);
+    const auto its_x = load_narrow<Whole>(x + row * x_stride + c, k);
+    Wide d = to_wide(its_x) - load_unaligned<Wide>(mean + c);
     if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
-    const Wide g = source.row(row, strides).template wide_dz<Whole>(c, k);
+    const Wide g = source.row(row, strides).template wide_dz<Whole>(c, k, its_x);
     const Weigh its = weights.row(row);
     return {its.template unmasked<Whole>(g, c, k), its.template unmasked<Whole>(d, c, k)};
   }
