@@ -12,12 +12,14 @@ BNCORE_REQUIRE_OPENMP
     ``1``: fail where the compiler has no OpenMP, instead of building serial kernels.
 """
 
+import hashlib
 import os
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
+import Cython
 import numpy as np
 from Cython.Build import cythonize
 from extension_helpers import add_openmp_flags_if_available
@@ -35,6 +37,7 @@ COMPILE_FLAGS = [
     "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=off",  # src/simd.h says itself what is fused
 ]  # fmt: skip
+SUFFIXES = {"c": ".c", "c++": ".cpp"}
 MACROS = [
     ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
     ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION"),
@@ -80,7 +83,7 @@ def extension(name, source, *, tier, language, flags) -> Extension:
         define_macros=MACROS,
         extra_compile_args=[*COMPILE_FLAGS, *flags],
         language=language,
-        depends=sorted(map(str, Path("src").glob("*.h"))),
+        depends=["setup.py", *sorted(map(str, Path("src").glob("*.h")))],
     )
     module.tier = tier
     return module
@@ -97,15 +100,32 @@ class BuildTiers(build_ext):
         self.add_openmp()
         self.drop_unsupported_tiers()
         for module in self.extensions:
-            [translated] = cythonize(
-                [module],
-                build_dir=f"build/{module.tier or 'runtime'}",
-                include_path=["src"],
-                force=self.force,
-                compiler_directives={"language_level": "3", "freethreading_compatible": True},
-            )
-            module.sources = translated.sources
+            module.sources = [self.translate(module)]
         super().build_extensions()
+
+    def translate(self, module) -> str:
+        """The module's C or C++, as old as what it says.
+
+        Cython goes by times, NumPy's declarations' too, which pip installs anew for each build: the
+        same text as before would be compiled again.
+        """
+        directory = Path("build", module.tier or "runtime")
+        stamp = directory / f"{module.name}.made-from"
+        made_from = fingerprint(Path(module.sources[0]))
+        is_same = stamp.exists() and stamp.read_text() == made_from
+        text = directory / Path(module.sources[0]).with_suffix(SUFFIXES[module.language])
+        written = text.stat().st_mtime_ns if is_same and text.exists() else None
+        [translated] = cythonize(
+            [module],
+            build_dir=str(directory),
+            include_path=["src"],
+            force=self.force,
+            compiler_directives={"language_level": "3", "freethreading_compatible": True},
+        )
+        if written is not None:
+            os.utime(text, ns=(written, written))
+        stamp.write_text(made_from)
+        return str(text)
 
     def copy_extensions_to_source(self):
         for module in self.extensions:
@@ -145,6 +165,13 @@ class BuildTiers(build_ext):
             except CompileError:
                 return False
         return True
+
+
+def fingerprint(source: Path) -> str:
+    """What a module is translated from: its source, the declarations, and who reads them."""
+    parts = [source, *sorted(Path("src").glob("*.pxd"))]
+    versions = f"{Cython.__version__} {np.__version__}"
+    return hashlib.sha256(b"".join(p.read_bytes() for p in parts) + versions.encode()).hexdigest()
 
 
 def shout(message: str) -> None:
