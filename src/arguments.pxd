@@ -237,11 +237,11 @@ cdef inline NormalizeParameters read_fixed(
     cdef ptrdiff_t c, channels = last - first
     cdef double* inv_std = read + channels
     cdef double eps = fixed.eps # which no store below can change
-    fixed.mean.read(first, channels, 0, read)
-    fixed.var.read(first, channels, 0, inv_std)
+    cdef const double* var = fixed.var.as_doubles(first, channels, 0, inv_std)
     for c in range(channels):
-        inv_std[c] = 1 / sqrt(inv_std[c] + eps)
-    parameters.mean, parameters.inv_std = read - first, inv_std - first
+        inv_std[c] = 1 / sqrt(var[c] + eps)
+    parameters.mean = fixed.mean.as_doubles(first, channels, 0, read) - first
+    parameters.inv_std = inv_std - first
     parameters.mean_lo = NULL
     parameters.gamma, parameters.beta = fixed.gamma, fixed.beta
     return parameters

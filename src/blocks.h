@@ -482,11 +482,14 @@ BNCORE_OWN_FRAME void fixed_gradient_block(const Grid& grid, const BackwardInput
                                            ptrdiff_t group, ptrdiff_t block, Seams<T>* seams) {
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   CoefficientTable<T> table(grid, start_of(grid, dx, group, block));
-  double scale[max_line(sizeof(T))];
-  read_scales(p, first, last - first, scale);
-  fill_line(grid, last - first, [&](ptrdiff_t c) {
-    return finite<typename Element<T>::Real>(scale[c]);
-  }, table.row(kScale));
+  double room[max_line(sizeof(T))];
+  const double* gamma = p.gamma.as_doubles(first, last - first, 1, room);
+  by_vectors(last - first, [&](auto whole, ptrdiff_t c, int k) {
+    const auto load = [&](const double* from) { return load_wide<whole>(from, k); };
+    const Wide scale = load(gamma + c) * load(p.inv_std + first + c);
+    store_as(table.row(kScale) + c, finite<typename Element<T>::Real>(scale));
+  });
+  spread_line(grid, last - first, table.row(kScale));
   const JustWrite<T> work = {grid, group, block, seams};
   if (input.by_interval()) fill_gates(grid, p, group, &table);
   input.template visit<false>(grid, input.gates_below(grid, p, group), [&](const auto& from) {

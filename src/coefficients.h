@@ -14,23 +14,24 @@ namespace bncore {
 /* Places of a line that stand in a table once more, behind its end, where lines run on. */
 constexpr ptrdiff_t kOver = kCacheLine / 2;
 
-/* A value per place of a line from a value per channel: each channel's repeated `inner` times,
- * the whole `tile` times. */
-template <class Real, class ValueOfChannel>
-inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
-                      Real* line) {
+/* A value per place of a line from a value per channel, which stand at its beginning: each channel's
+ * repeated `inner` times, the whole `tile` times. */
+template <class Real> inline void spread_line(const Grid& grid, ptrdiff_t channels, Real* line) {
   const ptrdiff_t repeat = grid.columns ? grid.inner : 1, places = channels * repeat;
-  if (repeat == 1) {
-    for (ptrdiff_t c = 0; c < channels; ++c) line[c] = static_cast<Real>(value(c));
-  } else {
-    for (ptrdiff_t c = 0; c < channels; ++c) {
-      const Real v = static_cast<Real>(value(c));
-      for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
-    }
+  for (ptrdiff_t c = repeat > 1 ? channels - 1 : -1; c >= 0; --c) { // the last first: they move up
+    const Real v = line[c];
+    for (ptrdiff_t s = 0; s < repeat; ++s) line[c * repeat + s] = v;
   }
   const ptrdiff_t end = grid.tile * places + (grid.gapless ? kOver : 0);
   for (ptrdiff_t done = places; done < end; done *= 2) // each time as much as there is already
     std::memcpy(line + done, line, (2 * done < end ? done : end - done) * sizeof(Real));
+}
+
+template <class Real, class ValueOfChannel>
+inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
+                      Real* line) {
+  for (ptrdiff_t c = 0; c < channels; ++c) line[c] = static_cast<Real>(value(c));
+  spread_line(grid, channels, line);
 }
 
 /* Coefficients of a group, one per channel (rows) or per place of a line (columns). For y they
@@ -80,15 +81,13 @@ struct Values {
   const float* floats;
   const double* doubles;
 
-  /* Those from channel `first` on; `otherwise` where there are none. */
-  void read(ptrdiff_t first, ptrdiff_t channels, double otherwise, double* __restrict to) const {
-    if (doubles) {
-      std::memcpy(to, doubles + first, channels * sizeof(double));
-    } else if (floats) {
-      for (ptrdiff_t c = 0; c < channels; ++c) to[c] = floats[first + c];
-    } else {
-      for (ptrdiff_t c = 0; c < channels; ++c) to[c] = otherwise;
-    }
+  /* Those from channel `first` on as float64, where they are so or in `room`; `otherwise` where there
+   * are none. */
+  const double* as_doubles(ptrdiff_t first, ptrdiff_t channels, double otherwise,
+                           double* __restrict room) const {
+    if (doubles) return doubles + first;
+    for (ptrdiff_t c = 0; c < channels; ++c) room[c] = floats ? floats[first + c] : otherwise;
+    return room;
   }
 };
 
@@ -134,9 +133,9 @@ template <class Real> inline double unit_of(double mean, double inv_std) {
 
 /* The nearest finite Real to a coefficient, lest it make a NaN of x - mean = 0 or of a product beyond
  * Real; a NaN stays one. */
-template <class Real> inline double finite(double scale) {
-  constexpr double most = std::numeric_limits<Real>::max();
-  return scale > most ? most : scale < -most ? -most : scale;
+template <class Real> BNCORE_INLINE Wide finite(Wide v) {
+  constexpr double greatest = std::numeric_limits<Real>::max();
+  return most(-greatest - Wide{}, least(greatest - Wide{}, v));
 }
 
 /* 0 where a channel's unit is 1: an integer as wide as a double, so that many are told at once. */
@@ -148,58 +147,77 @@ template <class Real> inline int64_t is_unusual(double mean, double inv_std) {
          (unless(offset >= small) & unless(offset == 0));
 }
 
-/* The coefficients all maps share, each channel's unit, and mean_lo: what the mean in the table is
- * less than mean times unit. True where a unit is not 1. */
-template <class T, class Parameters>
-inline bool fill_centre(const Grid& grid, const Parameters& p, ptrdiff_t first, ptrdiff_t last,
-                        double* __restrict unit, double* __restrict mean_lo,
-                        CoefficientTable<T>* table) {
+/* Coefficients are found for vectors of channels, as float64, from what the caller has and a unit each.
+ * Rows of a table have room for whole vectors. */
+template <class Real> BNCORE_INLINE void store_as(Real* to, Wide v) {
+  if constexpr (sizeof(Real) == sizeof(double)) store_unaligned(to, v);
+  else store_unaligned(to, to_floats(v));
+}
+
+template <class Real> BNCORE_INLINE Wide rounded_to(Wide v) {
+  return sizeof(Real) == sizeof(double) ? v : to_wide(to_floats(v));
+}
+
+/* Calls find with one vector of channels after the other and with what is left: whether it is whole (a
+ * type, for templates), its first channel, and how many there are. */
+template <class Find> inline void by_vectors(ptrdiff_t channels, const Find& find) {
+  ptrdiff_t c = 0;
+  for (; c + kWide <= channels; c += kWide) find(std::true_type(), c, kWide);
+  if (c < channels) find(std::false_type(), c, static_cast<int>(channels - c));
+}
+
+/* The same with the channels' units and what 1 is by these, for most channels 1 too; whether one is not. */
+template <class T, class Parameters, class Find>
+inline bool by_vectors_with_units(const Parameters& p, ptrdiff_t first, ptrdiff_t channels,
+                                  const Find& find) {
   typedef typename Element<T>::Real Real;
-  const ptrdiff_t channels = last - first;
   const double *mean = p.mean + first, *inv_std = p.inv_std + first;
   int64_t unusual = 0;
   for (ptrdiff_t c = 0; c < channels; ++c) unusual |= is_unusual<Real>(mean[c], inv_std[c]);
-  const bool scaled = unusual != 0;
-  for (ptrdiff_t c = 0; c < channels; ++c) unit[c] = 1;
-  for (ptrdiff_t c = 0; scaled && c < channels; ++c) unit[c] = unit_of<Real>(mean[c], inv_std[c]);
-  Real hi[max_line(sizeof(T))];
-  for (ptrdiff_t c = 0; c < channels; ++c) {
-    const double its_lo = p.mean_lo ? p.mean_lo[first + c] : 0;
-    hi[c] = static_cast<Real>((mean[c] + its_lo) * unit[c]);
-    mean_lo[c] = (mean[c] * unit[c] - hi[c]) + its_lo * unit[c];
+  const Wide one = 1 - Wide{};
+  if (!unusual) {
+    by_vectors(channels, [&](auto whole, ptrdiff_t c, int k) { find(whole, c, k, one, one); });
+    return false;
   }
-  fill_line(grid, channels, [&](ptrdiff_t c) { return hi[c]; }, table->row(kMean));
-  if (scaled) fill_line(grid, channels, [&](ptrdiff_t c) { return unit[c]; }, table->row(kUnit));
-  return scaled;
+  by_vectors(channels, [&](auto whole, ptrdiff_t c, int k) {
+    Wide unit = one;
+    for (int i = 0; i < k; ++i) unit[i] = unit_of<Real>(mean[c + i], inv_std[c + i]);
+    find(whole, c, k, unit, one / unit);
+  });
+  return true;
 }
 
-/* The scales of channels' z, and of their gradients: gamma inv_std. */
-template <class Parameters>
-inline void read_scales(const Parameters& p, ptrdiff_t first, ptrdiff_t channels,
-                        double* __restrict scale) {
-  p.gamma.read(first, channels, 1, scale);
-  for (ptrdiff_t c = 0; c < channels; ++c) scale[c] *= p.inv_std[first + c];
+/* Write the means of k channels times their units, rounded; what they are less than the means. */
+template <bool Whole, class Parameters, class Real>
+BNCORE_INLINE Wide write_means(const Parameters& p, ptrdiff_t channel, int k, Wide unit, Real* to) {
+  const Wide mean = load_wide<Whole>(p.mean + channel, k) * unit;
+  const Wide mean_lo = p.mean_lo ? load_wide<Whole>(p.mean_lo + channel, k) * unit : Wide{};
+  const Wide rounded = rounded_to<Real>(mean + mean_lo);
+  store_as(to, rounded);
+  return (mean - rounded) + mean_lo;
 }
 
-/* The coefficients of z in a group; whether a unit is not 1. */
+/* The coefficients of z in a group; whether a unit is not 1, without which units are there only where
+ * with_unit asks for them. */
 template <class T, class Parameters>
 inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t group, bool with_unit,
                            CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  double unit[max_line(sizeof(T))], mean_lo[max_line(sizeof(T))], scale[max_line(sizeof(T))];
-  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, mean_lo, table);
-  if (with_unit && !scaled)
-    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
-  read_scales(p, first, channels, scale);
-  for (ptrdiff_t c = 0; scaled && c < channels; ++c) scale[c] /= unit[c];
-  for (ptrdiff_t c = 0; c < channels; ++c) scale[c] = finite<Real>(scale[c]);
-  fill_line(grid, channels, [&](ptrdiff_t c) { return scale[c]; }, table->row(kScale));
-  double* beta = unit; // which is in the table by now
-  p.beta.read(first, channels, 0, beta);
-  fill_line(grid, channels, [&](ptrdiff_t c) {
-    return beta[c] - finite<Real>(mean_lo[c] * scale[c]);
-  }, table->row(kOffset));
+  double gamma_room[max_line(sizeof(T))], beta_room[max_line(sizeof(T))];
+  const double* gamma = p.gamma.as_doubles(first, channels, 1, gamma_room);
+  const double* beta = p.beta.as_doubles(first, channels, 0, beta_room);
+  const auto find = [&](auto whole, ptrdiff_t c, int k, Wide unit, Wide per_unit) {
+    const auto load = [&](const double* from) { return load_wide<whole>(from, k); };
+    const Wide mean_lo = write_means<whole>(p, first + c, k, unit, table->row(kMean) + c);
+    const Wide scale = finite<Real>(load(gamma + c) * load(p.inv_std + first + c) * per_unit);
+    store_as(table->row(kScale) + c, scale);
+    store_as(table->row(kOffset) + c, load(beta + c) - finite<Real>(mean_lo * scale));
+    store_as(table->row(kUnit) + c, unit);
+  };
+  const bool scaled = by_vectors_with_units<T>(p, first, channels, find);
+  for (int which : {kMean, kScale, kOffset}) spread_line(grid, channels, table->row(which));
+  if (with_unit || scaled) spread_line(grid, channels, table->row(kUnit));
   return scaled;
 }
 
@@ -214,32 +232,31 @@ inline void fill_gates(const Grid& grid, const GradientParameters& p, ptrdiff_t 
             table->row(kGateHigh));
 }
 
-/* The coefficients of dx in a group; whether a unit is not 1. */
+/* The coefficients of dx in a group, as for z. */
 template <class T>
 inline bool fill_gradient(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
                           bool gated, bool with_unit, CoefficientTable<T>* table) {
   typedef typename Element<T>::Real Real;
   const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
-  double unit[max_line(sizeof(T))], mean_lo[max_line(sizeof(T))];
-  double shift[max_line(sizeof(T))], slope[max_line(sizeof(T))];
-  const bool scaled = fill_centre<T>(grid, p, first, first + channels, unit, mean_lo, table);
-  if (with_unit && !scaled)
-    fill_line(grid, channels, [](ptrdiff_t) { return 1; }, table->row(kUnit));
-  for (ptrdiff_t c = 0; c < channels; ++c) {
-    shift[c] = p.sum_dy[first + c] / p.count;
-    slope[c] = p.inv_std[first + c] * p.sum_dy_xhat[first + c] / p.count;
-  }
-  for (ptrdiff_t c = 0; scaled && c < channels; ++c) slope[c] /= unit[c];
-  const auto shift_hi = [&](ptrdiff_t c) { return static_cast<Real>(shift[c]); };
-  double* scale = unit; // which is in the table by now
-  read_scales(p, first, channels, scale);
-  fill_line(grid, channels, [&](ptrdiff_t c) { return finite<Real>(scale[c]); },
-            table->row(kScale));
-  fill_line(grid, channels, shift_hi, table->row(kShift));
-  fill_line(grid, channels, [&](ptrdiff_t c) {
-    return (shift[c] - shift_hi(c)) - finite<Real>(mean_lo[c] * slope[c]);
-  }, table->row(kRest));
-  fill_line(grid, channels, [&](ptrdiff_t c) { return slope[c]; }, table->row(kSlope));
+  double gamma_room[max_line(sizeof(T))];
+  const double* gamma = p.gamma.as_doubles(first, channels, 1, gamma_room);
+  const Wide count = p.count - Wide{};
+  const auto find = [&](auto whole, ptrdiff_t c, int k, Wide unit, Wide per_unit) {
+    const auto load = [&](const double* from) { return load_wide<whole>(from, k); };
+    const Wide mean_lo = write_means<whole>(p, first + c, k, unit, table->row(kMean) + c);
+    const Wide inv_std = load(p.inv_std + first + c);
+    const Wide shift = load(p.sum_dy + first + c) / count, shift_hi = rounded_to<Real>(shift);
+    const Wide slope = inv_std * load(p.sum_dy_xhat + first + c) / count * per_unit;
+    store_as(table->row(kShift) + c, shift_hi);
+    store_as(table->row(kRest) + c, (shift - shift_hi) - finite<Real>(mean_lo * slope));
+    store_as(table->row(kSlope) + c, slope);
+    store_as(table->row(kScale) + c, finite<Real>(load(gamma + c) * inv_std));
+    store_as(table->row(kUnit) + c, unit);
+  };
+  const bool scaled = by_vectors_with_units<T>(p, first, channels, find);
+  for (int which : {kMean, kShift, kRest, kSlope, kScale})
+    spread_line(grid, channels, table->row(which));
+  if (with_unit || scaled) spread_line(grid, channels, table->row(kUnit));
   if (gated) fill_gates(grid, p, group, table);
   return scaled;
 }
