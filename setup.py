@@ -38,6 +38,7 @@ COMPILE_FLAGS = [
     "-ffp-contract=off",  # src/simd.h says itself what is fused
 ]  # fmt: skip
 SUFFIXES = {"c": ".c", "c++": ".cpp"}
+COMPILER_VARIABLES = ["CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"]
 MACROS = [
     ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
     ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION"),
@@ -104,22 +105,24 @@ class BuildTiers(build_ext):
         super().build_extensions()
 
     def translate(self, module) -> str:
-        """The module's C or C++, as old as what it says.
+        """Translate a module to C or C++, whose time changes only with what it is made from.
 
-        Cython goes by times, NumPy's declarations' too, which pip installs anew for each build: the
-        same text as before would be compiled again.
+        Cython goes by times, of NumPy's declarations too, and pip installs these anew for each
+        build: what has not changed would be compiled again.
         """
         directory = Path("build", module.tier or "runtime")
+        source = Path(module.sources[0])
+        text = directory / source.with_suffix(SUFFIXES[module.language])
         stamp = directory / f"{module.name}.made-from"
-        made_from = fingerprint(Path(module.sources[0]))
-        is_same = stamp.exists() and stamp.read_text() == made_from
-        text = directory / Path(module.sources[0]).with_suffix(SUFFIXES[module.language])
-        written = text.stat().st_mtime_ns if is_same and text.exists() else None
-        [translated] = cythonize(
+        made_from = fingerprint(module)
+        is_same = text.exists() and stamp.exists() and stamp.read_text() == made_from
+        written = text.stat().st_mtime_ns if is_same else None
+        stamp.unlink(missing_ok=True)
+        cythonize(
             [module],
             build_dir=str(directory),
             include_path=["src"],
-            force=self.force,
+            force=self.force or not is_same,
             compiler_directives={"language_level": "3", "freethreading_compatible": True},
         )
         if written is not None:
@@ -167,11 +170,16 @@ class BuildTiers(build_ext):
         return True
 
 
-def fingerprint(source: Path) -> str:
-    """What a module is translated from: its source, the declarations, and who reads them."""
-    parts = [source, *sorted(Path("src").glob("*.pxd"))]
-    versions = f"{Cython.__version__} {np.__version__}"
-    return hashlib.sha256(b"".join(p.read_bytes() for p in parts) + versions.encode()).hexdigest()
+def fingerprint(module: Extension) -> str:
+    """What a module is made from, its source and the declarations, and how it is compiled."""
+    parts = [Path(module.sources[0]), *sorted(Path("src").glob("*.pxd"))]
+    how = [
+        Cython.__version__, np.__version__, sys.version,
+        *module.extra_compile_args, *module.extra_link_args,
+        *(f"{name}={os.environ.get(name)}" for name in COMPILER_VARIABLES),
+    ]  # fmt: skip
+    made_from = b"".join(part.read_bytes() for part in parts) + "\n".join(how).encode()
+    return hashlib.sha256(made_from).hexdigest()
 
 
 def shout(message: str) -> None:

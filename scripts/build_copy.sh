@@ -13,7 +13,7 @@ git ls-files -z | xargs -0 cp --parents -t "$directory"
 cd "$directory"
 grep -q '"-O3", "-g0", ' setup.py  # else the next line would do nothing
 optimize=$(printf '"%s", ' ${OPTIMIZE:--O1 -g1})
-sed -i "s/\"-O3\", \"-g0\", /$optimize/; s/force=self.force,/force=self.force, emit_linenums=True,/" setup.py
+sed -i "s/\"-O3\", \"-g0\", /$optimize/; s/include_path=.*,/& emit_linenums=True,/" setup.py
 if [ -n "${PLANT_RACE:-}" ]; then
   load='ptrdiff_t load(std::memory_order) { return value; }'
   store='void store(ptrdiff_t to, std::memory_order) { value = to; }'

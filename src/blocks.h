@@ -350,7 +350,7 @@ template <class T> struct BackwardInput {
       else visit_from(IntervalGradient<T, Interval::kZero>{dy, gate});
     }
   }
-  /* The same of one group, and with the positions' weights. */
+  /* Calls visit with where dz of one group comes from, and with the weights of its positions. */
   template <class Visit>
   void visit_all(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
                  const Visit& visit_both) const {

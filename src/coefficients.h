@@ -27,6 +27,7 @@ template <class Real> inline void spread_line(const Grid& grid, ptrdiff_t channe
     std::memcpy(line + done, line, (2 * done < end ? done : end - done) * sizeof(Real));
 }
 
+/* The same from a function of the channel. */
 template <class Real, class ValueOfChannel>
 inline void fill_line(const Grid& grid, ptrdiff_t channels, const ValueOfChannel& value,
                       Real* line) {
@@ -166,7 +167,7 @@ template <class Find> inline void by_vectors(ptrdiff_t channels, const Find& fin
   if (c < channels) find(std::false_type(), c, static_cast<int>(channels - c));
 }
 
-/* The same with the channels' units and what 1 is by these, for most channels 1 too; whether one is not. */
+/* The same with the channels' units and their inverses, 1 for most; whether one is not 1. */
 template <class T, class Parameters, class Find>
 inline bool by_vectors_with_units(const Parameters& p, ptrdiff_t first, ptrdiff_t channels,
                                   const Find& find) {
@@ -197,8 +198,8 @@ BNCORE_INLINE Wide write_means(const Parameters& p, ptrdiff_t channel, int k, Wi
   return (mean - rounded) + mean_lo;
 }
 
-/* The coefficients of z in a group; whether a unit is not 1, without which units are there only where
- * with_unit asks for them. */
+/* The coefficients of z in a group; whether a unit is not 1. Where none is, units stand at each place of a
+ * line only if with_unit asks for them. */
 template <class T, class Parameters>
 inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t group, bool with_unit,
                            CoefficientTable<T>* table) {

@@ -4,8 +4,8 @@
  *        dy * outside   elsewhere, or 0 whatever dy is
  *
  * z is not kept for it. Without a residual z is monotone in x, rounding included, so that the gate
- * is an interval of x, found once for each channel: exact, and two comparisons for an element. With
- * a residual the forward pass keeps a bit for each element.
+ * is an interval of x, found once for each channel: exact but where a finite x gives a z that is NaN,
+ * and two comparisons for an element. With a residual the forward pass keeps a bit for each element.
  */
 #ifndef BNCORE_GATES_H
 #define BNCORE_GATES_H
