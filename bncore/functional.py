@@ -1,7 +1,7 @@
 """The functions: validate the arguments, allocate the results, call the kernels.
 
-Each function first offers its arguments to the kernels' ``*_plain`` shortcut, which takes
-contiguous float32 and float64 arrays with contiguous parameters and answers None to the rest.
+Each function first offers its arguments to the kernels' ``*_plain`` shortcut, which takes arrays
+without gaps and contiguous parameters, and answers None to the rest.
 What it declines goes the long way: every argument is checked before anything is written, arrays
 are brought into the kernels' ``(N, C, S)`` form (see `bncore._layout`), and results are written
 to the caller's arrays last.
@@ -713,6 +713,12 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
     >>> m.count, m.mean, m.m2
     (array([3.]), array([3.]), array([14.]))
     """
+    if mask is None and sample_weight is None:
+        plain = _backend.active.statistics.moments_plain(x, axis, get_num_threads())
+        if plain is not None:
+            mean, mean_lo, m2, count = plain
+            return Moments.of(count, mean, m2, mean_lo)
+
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
@@ -724,8 +730,9 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
     _backend.active.statistics.moments(_layout.to_kernel(x, layout), weights, stats, _threads(x))
     mean, mean_lo, m2 = stats.reshape((3, *shape))
     if weights is None:
-        return Moments(np.full(shape, layout.shape[0] * layout.shape[2]), mean, m2, mean_lo)
-    return Moments(np.full(shape, weights.given_total), mean, m2 * weights.unit, mean_lo)
+        count = float(layout.shape[0] * layout.shape[2])
+        return Moments.of(np.full(shape, count), mean, m2, mean_lo)
+    return Moments.of(np.full(shape, weights.given_total), mean, m2 * weights.unit, mean_lo)
 
 
 def backward_reduce(dy, x, mean, inv_std, *, axis=1, mask=None, mean_lo=None):
@@ -766,6 +773,13 @@ def backward_reduce(dy, x, mean, inv_std, *, axis=1, mask=None, mean_lo=None):
     >>> bncore.backward_reduce(x, x, np.array([2.0]), np.array([1.0]))
     Reduced(sum_dy=array([4.]), sum_dy_xhat=array([2.]))
     """
+    if mask is None:
+        plain = _backend.active.gradient.reduce_plain(
+            dy, x, mean, mean_lo, inv_std, axis, get_num_threads()
+        )
+        if plain is not None:
+            return Reduced(*plain)
+
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)
@@ -845,6 +859,14 @@ def backward_apply(
     array([[0.],
            [0.]])
     """
+    if mask is None and sample_weight is None:
+        dx = _backend.active.gradient.apply_plain(
+            dy, x, mean, mean_lo, inv_std, gamma, sum_dy, sum_dy_xhat, count, axis, out,
+            get_num_threads(),
+        )  # fmt: skip
+        if dx is not None:
+            return dx
+
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in axes)

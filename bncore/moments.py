@@ -56,6 +56,13 @@ class Moments:
             raise ValueError(f"count, mean and m2 must have one shape, got {shapes}") from None
         self.count, self.mean, self.m2, self.mean_lo = arrays
 
+    @classmethod
+    def of(cls, count, mean, m2, mean_lo):
+        """Moments of float64 arrays of one shape, which are not copied."""
+        moments = cls.__new__(cls)
+        moments.count, moments.mean, moments.m2, moments.mean_lo = count, mean, m2, mean_lo
+        return moments
+
     def var(self, ddof: float = 0) -> np.ndarray:
         """Variance ``m2 / (count - ddof)``; NaN where count does not exceed ddof.
 
@@ -88,6 +95,13 @@ class Moments:
                 f"cannot add moments of channels {self.count.shape} and {other.count.shape}"
             )
         count = self.count + other.count
+        if count.ndim and (self.count * other.count).all():
+            share = other.count / count
+            distance = (other.mean - self.mean) + (other.mean_lo - self.mean_lo)
+            mean, mean_lo = _two_sum(self.mean, self.mean_lo + distance * share)
+            m2 = self.m2 + other.m2 + distance * distance * (self.count * share)
+            return Moments.of(count, mean, m2, mean_lo)
+        # Either is of nothing, in all channels or some.
         empty = count == 0
         share = np.divide(other.count, count, out=np.zeros_like(count), where=~empty)
         # Nothing has no mean: its distance must not turn a NaN or Inf elsewhere into one here.

@@ -282,7 +282,7 @@ def forward_plain(*arguments):
 
 
 normalize_plain = evaluate_plain = backward_plain = fixed_backward_plain = forward_plain
-movable_plain = move_running_plain = forward_plain
+moments_plain = reduce_plain = apply_plain = movable_plain = move_running_plain = forward_plain
 
 
 def _moments(x, weights):

@@ -1,81 +1,16 @@
 # cython: language_level=3, cdivision=True
-"""Arguments of the kernels: plain arrays recognized and read without a Python object in between.
-
-Plain means what needs no conversion: an exact ndarray, C-contiguous, aligned, in native byte
-order, of float32 or float64.  Anything else is declined, never refused: the functions in
-`bncore.functional` then check and convert it.
-"""
+"""Arguments of the kernels: arrays read, and made, without a Python object in between."""
 
 cimport numpy as cnp
-from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
-from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
-from libc.math cimport INFINITY, sqrt
+from libc.math cimport sqrt
 from libc.stdint cimport int8_t, uint8_t
 from libc.string cimport memcpy
 
 from blocks cimport Epilogue, NormalizeParameters, Scratch, Values, View, Weights, element
+from plain cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Kind, Shape
 
-
-cdef struct Shape:
-    ptrdiff_t outer             # N
-    ptrdiff_t channels          # C
-    ptrdiff_t inner             # S
-    int type_number             # NPY_FLOAT or NPY_DOUBLE
-    int axis
-
-
-cdef inline bint is_plain(object array) noexcept:
-    """Whether a kernel may read the array's memory as it lies."""
-    if not cnp.PyArray_CheckExact(array):
-        return False
-    cdef int type_number = cnp.PyArray_TYPE(<cnp.ndarray> array)
-    return (
-        (type_number == cnp.NPY_FLOAT or type_number == cnp.NPY_DOUBLE)
-        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array)
-    )
-
-
-cdef inline bint plain_input(object x, object axis, Shape* shape) noexcept:
-    """Whether x is plain with one channel axis and not empty; its shape as (N, C, S)."""
-    if not is_plain(x) or not PyLong_CheckExact(axis):
-        return False
-    cdef cnp.ndarray array = <cnp.ndarray> x
-    cdef int overflow = 0, i, ndim = cnp.PyArray_NDIM(array)
-    cdef long channel = PyLong_AsLongAndOverflow(axis, &overflow)
-    if channel < 0:
-        channel += ndim
-    if overflow or not 0 <= channel < ndim or cnp.PyArray_SIZE(array) == 0:
-        return False
-    shape.outer = shape.inner = 1
-    for i in range(channel):
-        shape.outer *= cnp.PyArray_DIM(array, i)
-    for i in range(channel + 1, ndim):
-        shape.inner *= cnp.PyArray_DIM(array, i)
-    shape.channels = cnp.PyArray_DIM(array, channel)
-    shape.type_number = cnp.PyArray_TYPE(array)
-    shape.axis = channel
-    if shape.channels == 1:
-        shape.inner *= shape.outer
-        shape.outer = 1
-    return True
-
-
-cdef inline bint plain_like(object array, cnp.ndarray x) noexcept:
-    """Whether array is plain with the shape and dtype of the plain array x."""
-    return (
-        is_plain(array)
-        and cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.PyArray_TYPE(x)
-        and cnp.PyArray_SAMESHAPE(<cnp.ndarray> array, x)
-    )
-
-
-cdef inline bint plain_parameter(object array, ptrdiff_t channels) noexcept:
-    """Whether array is None or plain with one value per channel."""
-    return array is None or (
-        is_plain(array)
-        and cnp.PyArray_NDIM(<cnp.ndarray> array) == 1
-        and cnp.PyArray_DIM(<cnp.ndarray> array, 0) == channels
-    )
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
 
 
 cdef inline bint is_small(const Shape& shape) noexcept nogil:
@@ -91,67 +26,6 @@ cdef inline double* room(Scratch& scratch, size_t count) except NULL:
     return start
 
 
-cdef inline bint plain_eps(object eps) noexcept:
-    return PyFloat_CheckExact(eps) and 0.0 < PyFloat_AS_DOUBLE(eps) < INFINITY
-
-
-cdef inline bint apart(object a, object b) noexcept:
-    """Whether two plain arrays share no memory; None shares none."""
-    if a is None or b is None:
-        return True
-    cdef char* start_a = <char*> cnp.PyArray_DATA(<cnp.ndarray> a)
-    cdef char* start_b = <char*> cnp.PyArray_DATA(<cnp.ndarray> b)
-    return (
-        start_a + cnp.PyArray_NBYTES(<cnp.ndarray> a) <= start_b
-        or start_b + cnp.PyArray_NBYTES(<cnp.ndarray> b) <= start_a
-    )
-
-
-cdef inline bint same_or_apart(object a, object b) noexcept:
-    """Whether a result may be written to a while b is read, element by element."""
-    return (
-        a is None
-        or cnp.PyArray_DATA(<cnp.ndarray> a) == cnp.PyArray_DATA(<cnp.ndarray> b)
-        or apart(a, b)
-    )
-
-
-cdef inline bint plain_output(object out, cnp.ndarray x) noexcept:
-    """Whether out is None or takes a result like x, in place or apart from it."""
-    return out is None or (
-        plain_like(out, x)
-        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
-        and same_or_apart(out, x)
-    )
-
-
-cdef inline bint plain_residual(object residual, cnp.ndarray x, object out) noexcept:
-    """Whether residual is None or lies like x, with the result over it or apart from it."""
-    return residual is None or (plain_like(residual, x) and same_or_apart(out, residual))
-
-
-cdef inline bint plain_fixed(
-    object x, object mean, object var, object gamma, object beta, object axis, object eps,
-    object out, Shape* shape,
-) noexcept:
-    """Whether x has plain statistics and parameters given for it, and out takes a result."""
-    return (
-        plain_input(x, axis, shape)
-        and mean is not None
-        and var is not None
-        and plain_parameter(mean, shape.channels)
-        and plain_parameter(var, shape.channels)
-        and plain_parameter(gamma, shape.channels)
-        and plain_parameter(beta, shape.channels)
-        and plain_eps(eps)
-        and plain_output(out, <cnp.ndarray> x)
-        and apart(out, mean)
-        and apart(out, var)
-        and apart(out, gamma)
-        and apart(out, beta)
-    )
-
-
 cdef inline cnp.ndarray bits_for(const Shape& shape):
     """Room for a gate's bits, as `bncore._layout.gate_bytes` has it."""
     cdef ptrdiff_t rows = shape.outer, length = shape.channels
@@ -162,7 +36,9 @@ cdef inline cnp.ndarray bits_for(const Shape& shape):
 
 
 cdef inline cnp.ndarray fresh_like(cnp.ndarray x):
-    """An uninitialized array with the shape and dtype of the plain array x."""
+    """An uninitialized array with the shape, dtype and strides of the plain array x."""
+    if cnp.PyArray_ISUSERDEF(x) or not cnp.PyArray_IS_C_CONTIGUOUS(x):
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     return cnp.PyArray_EMPTY(
         cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0
     )
@@ -266,13 +142,6 @@ cdef inline void fill_gradient(object gradient, const double* values) noexcept:
     else:
         for i in range(cnp.PyArray_SIZE(array)):
             floats[i] = <float> values[i]
-
-
-cdef enum Kind:
-    FLOAT32
-    FLOAT64
-    FLOAT16
-    BFLOAT16
 
 
 cdef inline Kind kind_of(cnp.ndarray x) noexcept:

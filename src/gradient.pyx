@@ -9,22 +9,26 @@ bits.  x' is never stored; the sums are taken of dy (x - mean) and scaled by inv
 """
 
 cimport numpy as cnp
-from cpython.float cimport PyFloat_AS_DOUBLE
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, bits_of,
-    doubles_of, epilogue_of, equal_weights, fill_gradient, fixed_of, fresh_like, gradient_like,
-    is_small, kind_of, no_epilogue, plain_fixed, plain_input, plain_like, plain_output,
-    plain_parameter, plain_view, plain_view_or_none, pointer, read_fixed, read_only, room,
-    same_or_apart, shape_of, values_of, view_of, weights_of,
+    FixedStatistics, any_negative, bits_of, doubles_of, epilogue_of, equal_weights, fill_gradient,
+    fixed_of, fresh_like, gradient_like, is_small, kind_of, no_epilogue, plain_view,
+    plain_view_or_none, pointer, read_fixed, read_only, room, shape_of, values_of, view_of,
+    weights_of,
 )
 from blocks cimport (
     GATES_AT_ONCE, BackwardInput, BackwardOutput, BFloat16, Epilogue, GradientParameters, Grid,
     Half, Kept, KeptMemory, NormalizeParameters, Scratch, Seams, Tickets, Turns, Values, View,
     element, find_gates, finish_sums, fixed_gradient_block, gate_block, gradient_and_sum_block,
     gradient_block, join_team, map_grid, reduce_block, sum_grid, workspace_of, workspace_size,
+)
+from plain cimport (
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, plain_doubles, plain_fixed, plain_input,
+    plain_like, plain_output, plain_parameter, same_or_apart,
 )
 from traffic cimport is_resident, is_streamed, keeps_rows
 
@@ -97,6 +101,9 @@ cdef void apply_all(
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
     tickets.hand_out_cells(grid, num_threads, False)
+    if num_threads == 1: # without OpenMP's microsecond
+        gradient_cells(grid, input, parameters, stream, output, &tickets)
+        return
     with parallel(num_threads=num_threads):
         gradient_cells(grid, input, parameters, stream, output, &tickets)
 
@@ -401,18 +408,40 @@ cdef void prepare_gates(
         find_gates(input, parameters[0], channels, part, low, low + channels)
 
 
+cdef int reduce_with_scratch(
+    BackwardInput[element] input, Shape shape, GradientParameters parameters, double* sums,
+    int num_threads,
+) except -1:
+    """Both sums into sums, (2, C)."""
+    cdef Grid grid = sums_of(input, shape)
+    cdef Scratch scratch
+    cdef double* partial = room(scratch, workspace_size(grid))
+    cdef double* sum_dy_xhat = sums + shape.channels
+    if is_small(shape):
+        reduce_small(grid, input, parameters, partial, sums, sum_dy_xhat)
+        return 0
+    with nogil:
+        reduce_all(grid, input, parameters, partial, sums, sum_dy_xhat, num_threads)
+    return 0
+
+
 cdef int reduce_as(
     element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters,
     double[:, ::1] sums, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
-    cdef Grid grid = sums_of(input, shape)
-    cdef Scratch scratch
-    cdef double* partial = room(scratch, workspace_size(grid))
-    with nogil:
-        reduce_all(grid, input, parameters, partial, &sums[0, 0], &sums[1, 0], num_threads)
-    return 0
+    return reduce_with_scratch(input, shape, parameters, &sums[0, 0], num_threads)
+
+
+cdef int reduce_plain_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, GradientParameters parameters,
+    double* sums, int num_threads,
+) except -1:
+    cdef BackwardInput[element] input = plain_input_of(
+        plain_view(dy, shape, like), plain_view(x, shape, like), shape
+    )
+    return reduce_with_scratch(input, shape, parameters, sums, num_threads)
 
 
 def reduce(
@@ -438,6 +467,42 @@ def reduce(
         reduce_as(<BFloat16*> NULL, dy, x, parameters, sums, num_threads)
 
 
+def reduce_plain(dy, x, mean, mean_lo, inv_std, axis, int num_threads):
+    """`reduce` for plain arguments, the sums in a (2, C) array; None where it declines them."""
+    cdef Shape shape
+    if not (
+        plain_input(x, axis, &shape)
+        and plain_like(dy, <cnp.ndarray> x)
+        and plain_doubles(mean, shape.channels)
+        and plain_doubles(inv_std, shape.channels)
+        and (mean_lo is None or plain_doubles(mean_lo, shape.channels))
+    ):
+        return None
+    low = zeros(shape.channels) if mean_lo is None else mean_lo
+    cdef GradientParameters parameters = plain_parameters(mean, low, inv_std)
+    cdef cnp.npy_intp sums_shape[2]
+    sums_shape[0], sums_shape[1] = 2, shape.channels
+    cdef cnp.ndarray sums = cnp.PyArray_EMPTY(2, sums_shape, cnp.NPY_DOUBLE, 0)
+    cdef double* totals = <double*> cnp.PyArray_DATA(sums)
+    if shape.kind == FLOAT32:
+        reduce_plain_as(
+            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+        )
+    elif shape.kind == FLOAT64:
+        reduce_plain_as(
+            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+        )
+    elif shape.kind == FLOAT16:
+        reduce_plain_as(
+            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+        )
+    else:
+        reduce_plain_as(
+            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+        )
+    return sums
+
+
 cdef GradientParameters parameters_of(
     const double[::1] mean, const double[::1] mean_lo, const double[::1] inv_std,
     const double[::1] gamma, const double[::1] beta,
@@ -452,9 +517,35 @@ cdef GradientParameters parameters_of(
     return parameters
 
 
+cdef inline GradientParameters plain_parameters(mean, mean_lo, inv_std) noexcept:
+    """Statistics that are `plain_doubles`, and nothing else yet."""
+    cdef GradientParameters parameters = parameters_of(None, None, None, None, None)
+    parameters.mean, parameters.mean_lo = doubles_in(mean), doubles_in(mean_lo)
+    parameters.inv_std = doubles_in(inv_std)
+    return parameters
+
+
+cdef inline const double* doubles_in(array) noexcept:
+    """The start of what is `plain_doubles`."""
+    return <const double*> cnp.PyArray_DATA(<cnp.ndarray> array)
+
+
 cdef object zeros(ptrdiff_t channels):
     cdef cnp.npy_intp shape = channels
     return cnp.PyArray_ZEROS(1, &shape, cnp.NPY_DOUBLE, 0)
+
+
+cdef int apply_with_grid(
+    BackwardInput[element] input, Shape shape, GradientParameters parameters,
+    BackwardOutput[element] output, int num_threads,
+) except -1:
+    cdef Grid grid = cells_of(input, output, shape)
+    if is_small(shape):
+        apply_all(grid, input, parameters, output, 1)
+        return 0
+    with nogil:
+        apply_all(grid, input, parameters, output, num_threads)
+    return 0
 
 
 cdef int apply_as(
@@ -463,11 +554,19 @@ cdef int apply_as(
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
-    cdef BackwardOutput[element] output = just(view_of(dx, like))
-    cdef Grid grid = cells_of(input, output, shape)
-    with nogil:
-        apply_all(grid, input, parameters, output, num_threads)
-    return 0
+    return apply_with_grid(input, shape, parameters, just(view_of(dx, like)), num_threads)
+
+
+cdef int apply_plain_as(
+    element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, GradientParameters parameters,
+    cnp.ndarray dx, int num_threads,
+) except -1:
+    cdef BackwardInput[element] input = plain_input_of(
+        plain_view(dy, shape, like), plain_view(x, shape, like), shape
+    )
+    return apply_with_grid(
+        input, shape, parameters, just(plain_view(dx, shape, like)), num_threads
+    )
 
 
 def apply(
@@ -490,6 +589,77 @@ def apply(
         apply_as(<Half*> NULL, dy, x, parameters, dx, num_threads)
     else:
         apply_as(<BFloat16*> NULL, dy, x, parameters, dx, num_threads)
+
+
+def apply_plain(
+    dy, x, mean, mean_lo, inv_std, gamma, sum_dy, sum_dy_xhat, count, axis, out, int num_threads
+):
+    """`apply` for plain arguments; None where it declines them, else dx."""
+    cdef Shape shape
+    if not (
+        plain_input(x, axis, &shape)
+        and plain_like(dy, <cnp.ndarray> x)
+        and plain_doubles(mean, shape.channels)
+        and plain_doubles(inv_std, shape.channels)
+        and (mean_lo is None or plain_doubles(mean_lo, shape.channels))
+        and plain_parameter(gamma, shape.channels)
+        and plain_doubles(sum_dy, shape.channels)
+        and plain_doubles(sum_dy_xhat, shape.channels)
+        and plain_output(out, <cnp.ndarray> x)
+        and same_or_apart(out, dy)
+        and apart(out, mean)
+        and apart(out, inv_std)
+        and apart(out, mean_lo)
+        and apart(out, gamma)
+        and apart(out, sum_dy)
+        and apart(out, sum_dy_xhat)
+    ):
+        return None
+    low = zeros(shape.channels) if mean_lo is None else mean_lo
+    cdef GradientParameters parameters = plain_parameters(mean, low, inv_std)
+    parameters.count = plain_count(count, shape.channels)
+    if not parameters.count > 0:
+        return None
+    parameters.gamma = values_of(gamma)
+    parameters.sum_dy, parameters.sum_dy_xhat = doubles_in(sum_dy), doubles_in(sum_dy_xhat)
+    cdef cnp.ndarray dx = fresh_like(<cnp.ndarray> x) if out is None else <cnp.ndarray> out
+    if shape.kind == FLOAT32:
+        apply_plain_as(
+            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, dx, num_threads
+        )
+    elif shape.kind == FLOAT64:
+        apply_plain_as(
+            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, dx, num_threads
+        )
+    elif shape.kind == FLOAT16:
+        apply_plain_as(
+            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, dx, num_threads
+        )
+    else:
+        apply_plain_as(
+            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, dx, num_threads
+        )
+    return dx
+
+
+cdef inline double plain_count(object count, ptrdiff_t channels) noexcept:
+    """A number, or what is the same float64 for each channel; 0 for anything else."""
+    cdef const double* counts
+    cdef bint differ = False
+    cdef int overflow = 0
+    cdef long number
+    cdef ptrdiff_t c
+    if PyFloat_CheckExact(count):
+        return PyFloat_AS_DOUBLE(count)
+    if PyLong_CheckExact(count):
+        number = PyLong_AsLongAndOverflow(count, &overflow)
+        return 0 if overflow else <double> number
+    if not plain_doubles(count, channels):
+        return 0
+    counts = doubles_in(count)
+    for c in range(channels):
+        differ |= counts[c] != counts[0]
+    return 0 if differ else counts[0]
 
 
 cdef int gate_as(
@@ -637,14 +807,24 @@ def fixed_backward_plain(
         dx, gradient_like(gamma) if summing else None, gradient_like(beta) if summing else None,
         cnp.PyArray_DATA(dx) == cnp.PyArray_DATA(<cnp.ndarray> x),
     )
-    if shape.type_number == cnp.NPY_FLOAT:
+    if shape.kind == FLOAT32:
         fixed_plain_as(
             <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, epilogue, dx,
             sums if summing else NULL, num_threads,
         )
-    else:
+    elif shape.kind == FLOAT64:
         fixed_plain_as(
             <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, epilogue, dx,
+            sums if summing else NULL, num_threads,
+        )
+    elif shape.kind == FLOAT16:
+        fixed_plain_as(
+            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, epilogue, dx,
+            sums if summing else NULL, num_threads,
+        )
+    else:
+        fixed_plain_as(
+            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, epilogue, dx,
             sums if summing else NULL, num_threads,
         )
     fill_gradient(result[1], sums + channels)
@@ -861,14 +1041,24 @@ def backward_plain(
     cdef double* sums = room(scratch, 2 * shape.channels)
     cdef const double* statistics = <const double*> cnp.PyArray_DATA(<cnp.ndarray> stats)
     cdef Values gammas = values_of(gamma), betas = values_of(beta)
-    if shape.type_number == cnp.NPY_FLOAT:
+    if shape.kind == FLOAT32:
         backward_plain_as(
             <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
             bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
-    else:
+    elif shape.kind == FLOAT64:
         backward_plain_as(
             <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
+            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
+        )
+    elif shape.kind == FLOAT16:
+        backward_plain_as(
+            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
+            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
+        )
+    else:
+        backward_plain_as(
+            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
             bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
     fill_gradient(result[1], sums + shape.channels)

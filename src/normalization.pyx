@@ -17,11 +17,9 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport sqrt
 
 from arguments cimport (
-    FLOAT16, FLOAT32, FLOAT64, FixedStatistics, Kind, Shape, any_negative, apart, bits_for, bits_of,
-    copy_of, doubles_of, epilogue_of, equal_weights, fixed_of, fresh_like, is_small, kind_of,
-    plain_eps, plain_fixed, plain_input, plain_output, plain_parameter, plain_residual, plain_view,
-    plain_view_or_none, pointer, read_fixed, read_only, room, shape_of, values_of, view_of,
-    weights_of,
+    FixedStatistics, any_negative, bits_for, bits_of, copy_of, doubles_of, epilogue_of,
+    equal_weights, fixed_of, fresh_like, is_small, kind_of, plain_view, plain_view_or_none, pointer,
+    read_fixed, read_only, room, shape_of, values_of, view_of, weights_of,
 )
 from blocks cimport (
     BFloat16, Epilogue, ForwardInput, Grid, Half, Kept, KeptMemory, NormalizeParameters,
@@ -30,6 +28,10 @@ from blocks cimport (
     pilot, sum_grid, workspace_of, workspace_size,
 )
 from cells cimport sum_cells
+from plain cimport (
+    FLOAT16, FLOAT32, FLOAT64, Kind, Shape, apart, plain_eps, plain_fixed, plain_input,
+    plain_output, plain_parameter, plain_residual,
+)
 from running cimport movable, move_running
 from traffic cimport is_resident, is_streamed, keeps_rows
 
@@ -454,14 +456,24 @@ def forward_plain(
     )
     cdef Values gammas = values_of(gamma), betas = values_of(beta)
     cdef double* results = <double*> cnp.PyArray_DATA(stats)
-    if shape.type_number == cnp.NPY_FLOAT:
+    if shape.kind == FLOAT32:
         forward_plain_as(
             <float*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
             PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
         )
-    else:
+    elif shape.kind == FLOAT64:
         forward_plain_as(
             <double*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
+            PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
+        )
+    elif shape.kind == FLOAT16:
+        forward_plain_as(
+            <Half*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
+            PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
+        )
+    else:
+        forward_plain_as(
+            <BFloat16*> NULL, <cnp.ndarray> x, shape, gammas, betas, residual, epilogue,
             PyFloat_AS_DOUBLE(eps), y, bits, results, num_threads,
         )
     if running is not None:
@@ -479,7 +491,9 @@ cdef inline bint plain_running(tuple running, out, const Shape& shape) except -1
         channels == shape.channels
         and shape.outer * shape.inner > 1
         and PyFloat_CheckExact(running[2])
-        and movable(running[0], running[1], out, channels)
+        and movable(running[0], running[1], channels)
+        and apart(out, running[0])
+        and apart(out, running[1])
     )
 
 
@@ -627,10 +641,14 @@ cdef int normalize_plain_to(
     cdef FixedStatistics fixed = fixed_of(mean, var, gamma, beta, eps)
     if any_negative(fixed.var, shape.channels):
         return False
-    if shape.type_number == cnp.NPY_FLOAT:
+    if shape.kind == FLOAT32:
         normalize_plain_as(<float*> NULL, x, shape, fixed, residual, epilogue, y, num_threads)
-    else:
+    elif shape.kind == FLOAT64:
         normalize_plain_as(<double*> NULL, x, shape, fixed, residual, epilogue, y, num_threads)
+    elif shape.kind == FLOAT16:
+        normalize_plain_as(<Half*> NULL, x, shape, fixed, residual, epilogue, y, num_threads)
+    else:
+        normalize_plain_as(<BFloat16*> NULL, x, shape, fixed, residual, epilogue, y, num_threads)
     return True
 
 

@@ -3,15 +3,15 @@
 
 cimport numpy as cnp
 
-from arguments cimport apart, is_plain, plain_like, plain_parameter
+from plain cimport is_plain, plain_like, plain_parameter
 
 ctypedef fused real:
     float
     double
 
 
-cdef inline bint movable(running_mean, running_var, out, ptrdiff_t channels) noexcept:
-    """Whether `move_running` may move these; `out` is what else is written before."""
+cdef inline bint movable(running_mean, running_var, ptrdiff_t channels) noexcept:
+    """Whether `move_running` may move these."""
     return (
         is_plain(running_mean)
         and is_plain(running_var)
@@ -19,9 +19,6 @@ cdef inline bint movable(running_mean, running_var, out, ptrdiff_t channels) noe
         and plain_like(running_var, <cnp.ndarray> running_mean)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_mean)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running_var)
-        and (out is None or is_plain(out))
-        and apart(out, running_mean)
-        and apart(out, running_var)
     )
 
 

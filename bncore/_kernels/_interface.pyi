@@ -24,6 +24,9 @@ class Statistics(Protocol):
     def moments(
         self, x: Values, weights: Weights | None, stats: Doubles, num_threads: int
     ) -> None: ...
+    def moments_plain(
+        self, x: ArrayLike, axis: int | tuple[int, ...], num_threads: int
+    ) -> Doubles | None: ...
     def movable_plain(
         self, running_mean: Any, running_var: Any, out: Any, channels: int
     ) -> bool | None: ...
@@ -134,6 +137,16 @@ class Gradient(Protocol):
         sums: Doubles,
         num_threads: int,
     ) -> None: ...
+    def reduce_plain(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        mean: ArrayLike,
+        mean_lo: ArrayLike | None,
+        inv_std: ArrayLike,
+        axis: int | tuple[int, ...],
+        num_threads: int,
+    ) -> Doubles | None: ...
     def apply(
         self,
         dy: Values,
@@ -147,6 +160,21 @@ class Gradient(Protocol):
         dx: Values,
         num_threads: int,
     ) -> None: ...
+    def apply_plain(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        mean: ArrayLike,
+        mean_lo: ArrayLike | None,
+        inv_std: ArrayLike,
+        gamma: ArrayLike | None,
+        sum_dy: ArrayLike,
+        sum_dy_xhat: ArrayLike,
+        count: ArrayLike,
+        axis: int | tuple[int, ...],
+        out: Values | None,
+        num_threads: int,
+    ) -> Values | None: ...
     def fixed_backward(
         self,
         dy: Values,
