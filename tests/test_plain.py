@@ -10,7 +10,12 @@ import pytest
 import bncore
 from bncore import _backend, functional, layers, reference
 
-from .arrays import bits, normal
+from .arrays import bits, in_layout, normal
+
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
 
 COMPILED = [name for name in _backend.available() if name != "numpy"]
 ACTIVATIONS = [None, "relu", ("leaky_relu", 0.3), ("clip", -0.4, 0.7)]
@@ -19,6 +24,13 @@ SHAPES = [
     ((3, 4), 0), ((1, 6), 1), ((40, 30, 40), 1),
 ]  # fmt: skip
 """Shape and channel axis; the last is worth several threads."""
+
+DTYPES = [
+    np.float32,
+    np.float64,
+    np.float16,
+    pytest.param(bfloat16, marks=pytest.mark.skipif(bfloat16 is None, reason="needs ml_dtypes")),
+]
 
 
 class Declining:
@@ -63,7 +75,7 @@ def gradients(layer):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 class TestBits:
     @pytest.mark.parametrize("affine", [True, False])
@@ -115,6 +127,147 @@ class TestBits:
 
         short, long = both_ways(monkeypatch, run)
         assert short == long
+
+
+DENSE = [
+    ((2, 16, 8, 8), 1, "channels_last"), ((64, 100), 1, "F"), ((5, 1, 9), 1, "F"),
+    ((4, 1, 3, 5), 2, "F"), ((1, 3, 7, 7), 1, "channels_last"), ((3, 4, 5, 6), 2, "channels_last"),
+    ((6, 2, 3, 4), 0, "channels_last"), ((40, 30, 40), 1, "channels_last"),
+]  # fmt: skip
+"""Shape, channel axis and order in memory."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis", "layout"), DENSE, ids=str)
+class TestDense:
+    """Arrays without gaps, in other orders of memory than that of their axes."""
+
+    def test_training(self, backend, monkeypatch, shape, axis, layout, dtype):
+        x, dy, residual = (in_layout(normal(i, shape, dtype), layout, axis) for i in (5, 6, 7))
+
+        def run():
+            layer = layer_for(shape, axis, "relu").train()
+            y = layer(x, residual=residual)
+            dx = layer.backward(dy)
+            assert y.strides == dx.strides == layer.grad_residual.strides == x.strides
+            return y, dx, *gradients(layer), *layer.state_dict().values()
+
+        short, long = both_ways(monkeypatch, run)
+        assert short == long
+
+    def test_given_statistics(self, backend, monkeypatch, shape, axis, layout, dtype):
+        x, dy = (in_layout(normal(i, shape, dtype), layout, axis) for i in (5, 6))
+        given = normal(1, shape[axis]), normal(2, shape[axis]) ** 2
+
+        def run():
+            y = bncore.batch_norm_inference(x, *given, axis=axis)
+            g = bncore.batch_norm_inference_backward(dy, x, *given, axis=axis, activation="relu")
+            assert y.strides == g.dx.strides == x.strides
+            return y, *g
+
+        short, long = both_ways(monkeypatch, run)
+        assert short == long
+
+    def test_the_algebra(self, backend, monkeypatch, shape, axis, layout, dtype):
+        x, dy = (in_layout(normal(i, shape, dtype), layout, axis) for i in (5, 6))
+
+        def run():
+            m = bncore.moments(x, axis=axis)
+            given = m.mean, 1 / np.sqrt(m.var() + 1e-5)
+            sums = bncore.backward_reduce(dy, x, *given, axis=axis, mean_lo=m.mean_lo)
+            dx = bncore.backward_apply(dy, x, *given, m.var(), *sums, m.count, axis=axis)
+            assert dx.strides == x.strides
+            return m.count, m.mean, m.mean_lo, m.m2, *sums, dx
+
+        short, long = both_ways(monkeypatch, run)
+        assert short == long
+
+    def test_what_was_kept_serves_other_strides(
+        self, backend, monkeypatch, shape, axis, layout, dtype
+    ):
+        """A gate's bits are written the short way and read the long way."""
+        x, residual, dy = (in_layout(normal(i, shape, dtype), layout, axis) for i in (5, 6, 7))
+
+        def run():
+            _, saved = bncore.batch_norm(x, axis=axis, residual=residual, activation="relu")
+            return bncore.batch_norm_backward(in_layout(dy, "sliced"), saved)
+
+        short, long = both_ways(monkeypatch, run)
+        assert short == long == outcome(
+            lambda: bncore.batch_norm_backward(
+                dy, bncore.batch_norm(x, axis=axis, residual=residual, activation="relu")[1]
+            )
+        )
+
+
+WRONG_ALGEBRA = {
+    "none": {},
+    "dy of another shape": {"dy": np.ones((4, 3, 1), np.float32)},
+    "dy of another dtype": {"dy": np.ones((4, 3, 5))},
+    "dy in another order": {"dy": np.ones((4, 3, 5), np.float32, order="F")},
+    "mean None": {"mean": None},
+    "mean of float32": {"mean": np.ones(3, np.float32)},
+    "inv_std a list": {"inv_std": [1.0, 2.0, 3.0]},
+    "inv_std too long": {"inv_std": np.ones(4)},
+    "mean_lo given": {"mean_lo": np.full(3, 1e-17)},
+    "mean_lo too short": {"mean_lo": np.ones(2)},
+    "axis out of range": {"axis": 3},
+    "axes": {"axis": (1,)},
+}
+"""What may be wrong with the arguments of `backward_reduce` and `backward_apply`, or not plain."""
+
+WRONG_APPLY = WRONG_ALGEBRA | {
+    "gamma too short": {"gamma": np.ones(2)},
+    "gamma of ints": {"gamma": np.ones(3, int)},
+    "sum_dy None": {"sum_dy": None},
+    "sum_dy_xhat too long": {"sum_dy_xhat": np.ones(4)},
+    "count 0": {"count": 0},
+    "count negative": {"count": -1.0},
+    "count NaN": {"count": np.nan},
+    "count infinite": {"count": np.inf},
+    "count an int": {"count": 20},
+    "count of each channel": {"count": np.full(3, 20.0)},
+    "counts that differ": {"count": np.array([20.0, 21.0, 20.0])},
+    "counts of two": {"count": np.full(2, 20.0)},
+    "count a string": {"count": "20"},
+    "count true": {"count": True},
+    "out of another dtype": {"out": np.zeros((4, 3, 5))},
+    "out of another shape": {"out": np.zeros((4, 3), np.float32)},
+    "out read-only": {"out": np.broadcast_to(np.float32(7), (4, 3, 5))},
+}
+
+
+def algebra(**changes):
+    """Arguments of `backward_apply`."""
+    given = {name: normal(seed, (4, 3, 5), np.float32) for seed, name in enumerate(["dy", "x"])}
+    given |= {name: normal(3, 3) ** 2 for name in ("mean", "inv_std", "gamma")}
+    return given | {"sum_dy": normal(4, 3), "sum_dy_xhat": normal(5, 3), "count": 20.0} | changes
+
+
+@pytest.mark.parametrize("what", WRONG_ALGEBRA)
+def test_errors_of_reduce(backend, monkeypatch, what):
+    given = algebra(**WRONG_ALGEBRA[what])
+    for name in ("gamma", "sum_dy", "sum_dy_xhat", "count"):
+        del given[name]
+    short, long = both_ways(monkeypatch, lambda: bncore.backward_reduce(**given))
+    assert short == long
+
+
+@pytest.mark.parametrize("what", WRONG_APPLY)
+def test_errors_of_apply(backend, monkeypatch, what):
+    given = algebra(**WRONG_APPLY[what])
+    short, long = both_ways(monkeypatch, lambda: [bncore.backward_apply(**given)])
+    assert short == long
+
+
+@pytest.mark.parametrize("name", ["mean", "inv_std", "gamma", "mean_lo"])
+def test_apply_writes_over_nothing_it_reads(backend, monkeypatch, name):
+    memory = np.ones(12)
+    given = {key: normal(seed, (4, 3)) for seed, key in enumerate(["dy", "x"])}
+    given = algebra(**given, out=memory.reshape(4, 3)) | {name: memory[:3]}
+    short, long = both_ways(monkeypatch, lambda: [bncore.backward_apply(**given)])
+    assert short == long == (ValueError, f"out must not share memory with {name}")
+    assert (memory == 1).all()
 
 
 def attribute(name, value):
@@ -245,13 +398,20 @@ def test_errors_of_gradients_by_given_statistics(backend, monkeypatch, what):
 
 
 @pytest.mark.parametrize("backend", COMPILED, indirect=True)
-def test_the_short_way_is_taken(backend, monkeypatch):
-    x, dy = normal(1, (4, 3, 5), np.float32), normal(2, (4, 3, 5), np.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["C", "F", "channels_last", "read_only"])
+def test_the_short_way_is_taken(backend, monkeypatch, dtype, layout):
+    x, dy = (in_layout(normal(seed, (4, 3, 5), dtype), layout) for seed in (1, 2))
     monkeypatch.setattr(functional, "_layout", None)  # what the long way cannot do without
     monkeypatch.setattr(layers.BatchNorm, "_checked", None)
+    m = bncore.moments(x)
+    sums = bncore.backward_reduce(dy, x, m.mean, m.var())
+    bncore.backward_apply(dy, x, m.mean, m.var(), None, *sums, m.count, out=np.empty_like(dy))
+    y = bncore.batch_norm_inference(x, m.mean, m.var())
+    bncore.batch_norm_inference_backward(dy, x, m.mean, m.var(), out=y)
     for activation in ACTIVATIONS:
         layer = bncore.BatchNorm(3, activation=activation)
         for mode in (layer.train, layer.eval):
             mode()(x)
             layer.backward(dy, out=np.empty_like(dy))
-        layer(x, residual=dy, out=x.copy())
+        layer(x, residual=dy, out=np.empty_like(x))
