@@ -974,13 +974,14 @@ def backward(
 
 
 cdef int backward_plain_as(
-    element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, const double* stats,
+    element* like, cnp.ndarray dy, cnp.ndarray x, Shape shape, weights, const double* stats,
     Values gamma, Values beta, bits, Epilogue epilogue, dx, dz, double* sums, int num_threads,
 ) except -1:
     cdef BackwardInput[element] input = plain_input_of(
         plain_view(dy, shape, like), plain_view(x, shape, like), shape
     )
     input.epilogue, input.bits = epilogue, bits_of(bits)
+    input.weights = weights_of(weights, shape)
     cdef BackwardOutput[element] output = just(plain_view_or_none(dx, shape, like))
     output.dz = plain_view_or_none(dz, shape, like)
     return backward_with_scratch(
@@ -1010,8 +1011,7 @@ def backward_plain(
     gamma, beta, axes, _, _, stats, _, _, activation, _, bits, weights = record
     cdef Shape shape
     if not (
-        weights is None
-        and len(<tuple?> axes) == 1
+        len(<tuple?> axes) == 1
         and plain_input(x, (<tuple> axes)[0], &shape)
         and plain_like(dy, <cnp.ndarray> x)
         and plain_parameter(gamma, shape.channels)
@@ -1043,23 +1043,23 @@ def backward_plain(
     cdef Values gammas = values_of(gamma), betas = values_of(beta)
     if shape.kind == FLOAT32:
         backward_plain_as(
-            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
-            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
+            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, weights, statistics, gammas,
+            betas, bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
     elif shape.kind == FLOAT64:
         backward_plain_as(
-            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
-            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
+            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, weights, statistics, gammas,
+            betas, bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
     elif shape.kind == FLOAT16:
         backward_plain_as(
-            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
-            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
+            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, weights, statistics, gammas,
+            betas, bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
     else:
         backward_plain_as(
-            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, statistics, gammas, betas,
-            bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
+            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, weights, statistics, gammas,
+            betas, bits, epilogue, dx, dz, sums if summing else NULL, num_threads,
         )
     fill_gradient(result[1], sums + shape.channels)
     fill_gradient(result[2], sums)

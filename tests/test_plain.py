@@ -200,6 +200,27 @@ class TestDense:
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["mask", "sample_weight", "both", "all masked"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_gradients_with_weights(backend, monkeypatch, shape, axis, which, dtype):
+    x, dy = normal(5, shape, dtype), normal(6, shape, dtype)
+    positions = [1 if i == axis % len(shape) else size for i, size in enumerate(shape)]
+    weight = np.maximum(normal(1, positions), 0)
+    weights = {"mask": normal(2, positions) < 1, "sample_weight": weight + 0.25 * (weight == 0)}
+    if which == "all masked":
+        weights["mask"][...] = False
+    elif which != "both":
+        weights = {which: weights[which]}
+
+    def run():
+        _, saved = bncore.batch_norm(x, axis=axis, activation="relu", **weights)
+        return bncore.batch_norm_backward(dy, saved)
+
+    short, long = both_ways(monkeypatch, run)
+    assert short == long
+
+
 WRONG_ALGEBRA = {
     "none": {},
     "dy of another shape": {"dy": np.ones((4, 3, 1), np.float32)},
