@@ -138,6 +138,8 @@ def positions(value, name: str, x: np.ndarray, axes: tuple[int, ...]) -> np.ndar
         array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} must be an array: {error}") from None
+    if array.shape == shape:
+        return array
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
@@ -250,8 +252,9 @@ def apart(out, array, other: str, name: str = "out") -> None:
 
 def coincide(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays of one shape are the same elements at the same places."""
-    return (
-        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    return a is b or (
+        np.may_share_memory(a, b)
+        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
         and a.shape == b.shape
         and a.dtype == b.dtype
         and all(s == t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
@@ -260,7 +263,7 @@ def coincide(a: np.ndarray, b: np.ndarray) -> bool:
 
 def overlaps_itself(array: np.ndarray) -> bool:
     """Whether two elements of an array share memory, as in a broadcast one."""
-    if array.size < 2:
+    if array.size < 2 or array.flags.c_contiguous:
         return False
     walked = sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1)
     reach = array.itemsize

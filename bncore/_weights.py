@@ -61,7 +61,7 @@ def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
     if sample_weight is None:
         if valid is None:
             return None
-        return Weights(-valid.view(np.int8), float(valid.sum()), _first(valid), 1.0)
+        return Weights(-valid.view(np.int8), float(np.count_nonzero(valid)), _first(valid), 1.0)
     values = _layout.positions_to_kernel(sample_weight, layout)
     unit = _power_of_two(values.max(initial=0.0))
     values = values / unit
