@@ -549,7 +549,7 @@ class _Point:
     def apply(self, t, factor, sums, count, out):
         """``factor s (t - (sums[0] + x' sums[1]) / count)`` into out."""
         _backend.active.gradient.apply(
-            t, self.x, self.mean, self.mean_lo, self.inv_std, factor, sums, count, out,
+            t, self.x, self.mean, self.mean_lo, self.inv_std, factor, 1.0, sums, count, out,
             self.threads,
         )  # fmt: skip
 
@@ -611,7 +611,7 @@ class _Point:
 
     def _reduce(self, v, x, mean, mean_lo, inv_std):
         sums = np.empty((2, self.layout.shape[1]))
-        _backend.active.gradient.reduce(v, x, mean, mean_lo, inv_std, sums, self.threads)
+        _backend.active.gradient.reduce(v, x, mean, mean_lo, inv_std, 1.0, sums, self.threads)
         return sums
 
 

@@ -797,7 +797,7 @@ def backward_reduce(dy, x, mean, inv_std, *, axis=1, mask=None, mean_lo=None):
     sums = np.empty((2, layout.shape[1]))
     if weights is None:
         _backend.active.gradient.reduce(
-            kernel_dy, kernel_x, mean, mean_lo, inv_std, sums, _threads(x)
+            kernel_dy, kernel_x, mean, mean_lo, inv_std, 1.0, sums, _threads(x)
         )
     else:
         _backend.active.gradient.backward(
@@ -895,7 +895,7 @@ def backward_apply(
     if sample_weight is None:
         # Where nothing counts all is masked.
         _backend.active.gradient.apply(
-            *arrays, *statistics, sums, count or 1.0, target.kernel_array, _threads(x)
+            *arrays, *statistics, 1.0, sums, count or 1.0, target.kernel_array, _threads(x)
         )
     else:
         _apply_weighted(*arrays, weights, *statistics, sums, count, target, _threads(x))

@@ -12,20 +12,13 @@ y is rounded, and what rounding took from it is divided by gamma: x' comes back 
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import NamedTuple
 
 import numpy as np
 
-from bncore import _check
-from bncore.functional import (
-    backward_apply,
-    backward_reduce,
-    batch_norm,
-    batch_norm_inference,
-    batch_norm_inference_backward,
-)
+from bncore import _backend, _check
+from bncore._layout import layout_of, to_kernel
+from bncore.functional import _Target, batch_norm, batch_norm_inference, _threads
 from bncore.state import Layer
 
 _BITS = {"float64": 20, "float32": 8, "float16": 3, "bfloat16": 3}
@@ -36,12 +29,6 @@ _TINY = {"float64": 2.0**-500, "float32": 2.0**-126, "float16": 2.0**-14, "bfloa
 In float64 products of gamma and gamma must not vanish either."""
 
 _GRADIENTS = ("x", "gamma", "beta")
-
-_PIECE = 1 << 19
-"""Values that are brought back at a time, which takes two arrays of so many: 4 MB in float32."""
-
-_NOTHING = 1e-300
-"""An eps without effect on a variance of 1."""
 
 
 class InPlaceBatchNorm(Layer):
@@ -80,8 +67,8 @@ class InPlaceBatchNorm(Layer):
 
     The layer keeps y, not a copy of it: if y is changed before `backward`, the gradient is another.
 
-    What is saved is memory, not time: with an activation the backward pass brings z back twice,
-    piece by piece, and takes several times as long as that of `BatchNorm`.
+    The kernels bring z back as they read y, so that the backward pass takes about as long as that of
+    `BatchNorm`; where y or dy has gaps between its rows, or is reversed, it is copied for it.
 
     References
     ----------
@@ -256,80 +243,36 @@ def _check_invertible(gamma, beta, activation, dtype):
 
 
 def _write_gradient(dy, kept, axes, dx):
-    """Write dx, where there is one, piece by piece; returns the gradients of beta and gamma.
+    """Write dx, where there is one; returns the gradients of beta and gamma.
 
     ::
 
         dx = gamma inv_std (dz - (sum dz + x' sum dz x') / n)        x' = (z - beta) / gamma
 
     The statistics of z stand for those of x: mean beta, 1 / |gamma| for inv_std. That is x' but for
-    gamma's sign, which x' times a sum of x' does not show.
+    gamma's sign, which x' times a sum of x' does not show. The kernels get z back from y themselves.
     """
+    y = kept.y
+    slope = 1.0 if kept.activation is None else float(kept.activation[1])
     size = np.abs(kept.gamma)
-    of_z = kept.beta, 1 / size
-    scale = kept.gamma * size * kept.inv_std
-    pieces = list(_pieces(kept.y, kept.activation, axes))
-    linear = _Linear(dy, kept, axes, pieces)
-    sums = np.zeros((2, *size.shape))
-    for piece in pieces:
-        with np.errstate(invalid="ignore"):
-            sums += backward_reduce(*linear.part(piece), *of_z, axis=axes)
-    through = sums if kept.by_batch else np.zeros_like(sums)
-    count = kept.y.size / max(size.size, 1)
-    for piece in pieces if dx is not None else ():
-        dz, z = linear.part(piece)
-        out = dx[piece] if z.dtype == dx.dtype else dz
-        backward_apply(dz, z, *of_z, scale, *through, count, axis=axes, out=out)
-        if out is dz:
-            with np.errstate(all="ignore"):
-                dx[piece] = dz
-    return sums[0], np.sign(kept.gamma) * sums[1]
-
-
-class _Linear:
-    """dz and z, which the activation makes y of, piece by piece in memory used again and again."""
-
-    def __init__(self, dy, kept, axes, pieces):
-        self._dy, self._y, self._activation = dy, kept.y, kept.activation
-        shape = kept.gamma.shape
-        self._alone = {
-            "mean": np.zeros(shape),
-            "var": np.ones(shape),
-            "axis": axes,
-            "eps": _NOTHING,
-        }
-        # Halves become float32, lest z be rounded to a half again.
-        self._dtype = np.promote_types(kept.y.dtype, np.float32)
-        if kept.activation is not None and pieces:
-            largest = kept.y[pieces[0]]
-            self._dz, self._z = (np.empty_like(largest, self._dtype, subok=False) for _ in range(2))
-
-    def part(self, piece):
-        """dz and z of a piece; they last until the next is asked for."""
-        dy, y = self._dy[piece], self._y[piece]
-        if self._activation is None:
-            return dy, y
-        name, slope = self._activation
-        dy, y = (array.astype(self._dtype, copy=False) for array in (dy, y))
-        room = tuple(map(slice, y.shape))
-        dz, z = self._dz[room], self._z[room]
-        # The sign of z is that of y, and all that the gradient of the activation looks at.
-        batch_norm_inference_backward(dy, y, activation=(name, slope), out=dz, **self._alone)
-        batch_norm_inference(y, activation=(name, 1 / slope), out=z, **self._alone)
-        return dz, z
-
-
-def _pieces(y, activation, axes):
-    """Indices of parts of y whose z is computed at a time, so that no array of y's size is made."""
-    if activation is None:
-        return [(slice(None),) * y.ndim]
-    lengths = list(y.shape)
-    free = [axis for axis in range(y.ndim) if axis not in axes]
-    for axis in sorted(free, key=lambda axis: -abs(y.strides[axis])):
-        rest = math.prod(lengths) // max(lengths[axis], 1)
-        lengths[axis] = max(1, min(lengths[axis], _PIECE // max(rest, 1)))
-    starts = itertools.product(*(range(0, n, max(step, 1)) for n, step in zip(y.shape, lengths)))
-    return [tuple(map(slice, start, map(sum, zip(start, lengths)))) for start in starts]
+    beta, inv_std, scale = (
+        array.reshape(-1) for array in (kept.beta, 1 / size, kept.gamma * size * kept.inv_std)
+    )
+    layout = layout_of(y, axes)
+    arrays = to_kernel(dy, layout), to_kernel(y, layout)
+    sums = np.empty((2, size.size))
+    gradient, threads = _backend.active.gradient, _threads(y)
+    gradient.reduce(*arrays, beta, None, inv_std, slope, sums, threads)
+    if dx is not None and y.size:
+        through = sums if kept.by_batch else np.zeros_like(sums)
+        target = _Target(dx, y, layout)
+        gradient.apply(
+            *arrays, beta, None, inv_std, scale, slope, through, y.size / size.size,
+            target.kernel_array, threads,
+        )  # fmt: skip
+        target.finish()
+    sum_dz, sum_dz_xhat = sums.reshape((2, *size.shape))
+    return sum_dz, np.sign(kept.gamma) * sum_dz_xhat
 
 
 def _like(parameter, gradient):

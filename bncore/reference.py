@@ -103,7 +103,7 @@ def normalize(x, mean, mean_lo, inv_std, gamma, beta, residual, activation, y, n
 
 
 @np.errstate(all="ignore")
-def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
+def reduce(dy, x, mean, mean_lo, inv_std, slope, sums, num_threads=1):
     """The two sums a gradient needs: ``sum dy`` and ``sum dy x'`` with ``x' = (x - mean) inv_std``.
 
     Parameters
@@ -111,8 +111,12 @@ def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
     dy, x : (N, C, S) array
     mean, inv_std : (C,) float64 array
     mean_lo : (C,) float64 array or None
+    slope : float
+        Where x is what a leaky ReLU has made of z, and dy the gradient of that: z and its gradient
+        take their places, and the statistics are of z. 1 where they are x and dy.
     sums : (2, C) float64 array, written
     """
+    dy, x = _before(dy, x, slope)
     dy = _by_channel(dy)
     normalized = _by_channel(_normalized(x, mean, mean_lo, inv_std))
     sums[0] = dy.sum(axis=1)
@@ -120,7 +124,7 @@ def reduce(dy, x, mean, mean_lo, inv_std, sums, num_threads=1):
 
 
 @np.errstate(all="ignore")
-def apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx, num_threads=1):
+def apply(dy, x, mean, mean_lo, inv_std, gamma, slope, sums, count, dx, num_threads=1):
     """The gradient of the input from the two sums.
 
     ::
@@ -132,11 +136,14 @@ def apply(dy, x, mean, mean_lo, inv_std, gamma, sums, count, dx, num_threads=1):
     dy, x : (N, C, S) array
     mean, inv_std : (C,) float64 array
     mean_lo, gamma : (C,) float64 array or None
+    slope : float
+        As in `reduce`.
     sums : (2, C) float64 array
     count : float
         Values per channel.
     dx : (N, C, S) array, written; may be dy or x
     """
+    dy, x = _before(dy, x, slope)
     gradient = dy.astype(np.float64)
     if count:
         normalized = _normalized(x, mean, mean_lo, inv_std)
@@ -210,7 +217,7 @@ def fixed_backward(dy, x, mean, inv_std, gamma, beta, activation, dx, sums, num_
     dz = dy.astype(np.float64)
     activation_backward(dz, x, None, mean, None, inv_std, gamma, beta, None, None, activation, dz)
     if sums is not None:
-        reduce(dz, x, mean, None, inv_std, sums)
+        reduce(dz, x, mean, None, inv_std, 1.0, sums)
     if dx is not None:
         dx[...] = _column(inv_std if gamma is None else gamma * inv_std) * dz
 
@@ -330,6 +337,14 @@ def _total(values, w):
 def _unmasked(values, weights):
     """Values of (N, C, S), 0 where a position is masked."""
     return values if weights is None else np.where(weights.as_floats()[:, None] < 0, 0.0, values)
+
+
+def _before(dy, y, slope):
+    """dz and z of a leaky ReLU from dy and y."""
+    if slope == 1:
+        return dy, y
+    dy, y = dy.astype(np.float64), y.astype(np.float64)
+    return np.where(y <= 0, slope * dy, dy), np.where(y < 0, y * (1 / slope), y)
 
 
 def _column(per_channel):

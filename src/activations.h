@@ -40,7 +40,7 @@ template <class T> struct PerPlace {
 
 /* What is applied after gamma and beta. */
 struct Epilogue {
-  int activation; // 0 none, 1 clip to [a, b], 2 slope a below zero
+  int activation; // 0 none, 1 clip to [a, b], 2 slope a below zero; 3 see OutputSource
   double a, b;
 };
 

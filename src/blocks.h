@@ -325,8 +325,10 @@ template <class T> struct BackwardInput {
     if (keep) input.dy = kept_dy(grid, group).view(), input.x = kept_x(grid, group).view();
     return input;
   }
+  /* Whether x is y of a leaky ReLU, see OutputSource; for sums, and dx, by themselves. */
+  bool is_output() const { return epilogue.activation == 3; }
   /* Whether the gates are intervals of x. */
-  bool by_interval() const { return epilogue.activation != 0 && !bits; }
+  bool by_interval() const { return epilogue.activation != 0 && !bits && !is_output(); }
   /* Whether one comparison tells each gate of a group: no interval ends above, as with a ReLU and
    * no gamma below 0. */
   bool gates_below(const Grid& grid, const GradientParameters& p, ptrdiff_t group) const {
@@ -389,13 +391,15 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
                          double* partial) {
   GateTable<T> table;
   if (input.by_interval()) fill_gates(grid, p, group, &table);
-  input.visit_all(grid, p, group, [&](const auto& from, auto positions) {
+  const auto sum = [&](const auto& from, auto positions) {
     typedef BackwardTerms<T, std::decay_t<decltype(from)>, decltype(positions)> Terms;
     const Terms terms = {from, positions, input.x, p.mean, p.mean_lo, &table,
                          grid.first_channel(group), input.kept_dy(grid, group),
                          input.kept_x(grid, group)};
     sum_block<T>(grid, terms, group, block, partial);
-  });
+  };
+  if (input.is_output()) sum(OutputGradient<T>(input.dy, input.epilogue), EveryPosition());
+  else input.visit_all(grid, p, group, sum);
 }
 
 /* dz of one cell. */
@@ -428,7 +432,7 @@ BNCORE_OWN_FRAME void gradient_work(const Work& work, const From& from, Position
                                     View<const T> x, View<T> dx, const GradientParameters& p,
                                     bool stream) {
   constexpr bool gated = kHasInterval<From>;
-  constexpr bool with_unit = Positions::kAny;
+  constexpr bool with_unit = Positions::kAny || kIsOutput<From>;
   CoefficientTable<T> table(work.grid, start_of(work.grid, dx, work.group, work.block));
   const bool scaled = fill_gradient<T>(work.grid, p, work.group, gated, with_unit, &table);
   if (scaled || with_unit) {
@@ -448,10 +452,12 @@ inline void gradient_block(const Grid& grid, const BackwardInput<T>& first_input
                            bool stream, ptrdiff_t group, ptrdiff_t block, Seams<T>* seams) {
   const BackwardInput<T> input = first_input.again(grid, group);
   if (output.dz.data) gate_block(grid, input, output.dz, p, stream, group, block, seams);
-  input.visit_all(grid, p, group, [&](const auto& from, auto positions) {
+  const auto write = [&](const auto& from, auto positions) {
     gradient_work(JustWrite<T>{grid, group, block, seams}, from, positions, input.x, output.dx, p,
                   stream);
-  });
+  };
+  if (input.is_output()) write(OutputGradient<T>(input.dy, input.epilogue), EveryPosition());
+  else input.visit_all(grid, p, group, write);
 }
 
 /* dx of one cell, and the gradient's sums of the same cell of group `next`; no weights, and the

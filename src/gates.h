@@ -115,6 +115,32 @@ template <class T, class Latent> struct LatentSource {
   }
 };
 
+/* In the place of x is y, what a leaky ReLU has made of z: dz and z follow from it, and z takes the place
+ * of x. Activation 3, of slope a. */
+template <class T> struct OutputSource {
+  typedef typename Element<T>::Real Real;
+  const T* dy;
+  Real slope, inverse;
+
+  template <class V> BNCORE_INLINE V z(V y) const { return y < V{} ? y * inverse : y; }
+  template <bool Whole, class V> BNCORE_INLINE V dz(ptrdiff_t i, int k, V y) const {
+    const V g = load_as<V, Whole>(dy + i, k);
+    return y <= V{} ? g * slope : g;
+  }
+  template <bool Whole, class V> BNCORE_INLINE Wide wide_dz(ptrdiff_t i, int k, V y) const {
+    return to_wide(dz<Whole>(i, k, y));
+  }
+  OutputSource row(ptrdiff_t r, Strides strides) const {
+    return {dy + r * strides.dy, slope, inverse};
+  }
+};
+
+/* What the statistics are of: x itself, but for a source that makes it of x. */
+template <class Source, class V> BNCORE_INLINE V latent_of(const Source&, V x) { return x; }
+template <class T, class V> BNCORE_INLINE V latent_of(const OutputSource<T>& source, V y) {
+  return source.z(y);
+}
+
 /* Keep `count` bits, 64 or at most 57, from bit i of p on; those before it are there already, and the
  * last byte begun is filled up with 0. Where count is a constant so are the sizes of the stores. */
 BNCORE_INLINE void keep_bits(uint8_t* p, ptrdiff_t i, uint64_t bits, int count) {

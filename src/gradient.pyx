@@ -425,12 +425,21 @@ cdef int reduce_with_scratch(
     return 0
 
 
+cdef inline Epilogue undoing(double slope) noexcept:
+    """For what a leaky ReLU has made of z; of slope 1 it is z."""
+    cdef Epilogue epilogue = no_epilogue()
+    if slope != 1:
+        epilogue.activation, epilogue.a = 3, slope
+    return epilogue
+
+
 cdef int reduce_as(
-    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters,
+    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters, double slope,
     double[:, ::1] sums, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
+    input.epilogue = undoing(slope)
     return reduce_with_scratch(input, shape, parameters, &sums[0, 0], num_threads)
 
 
@@ -446,8 +455,8 @@ cdef int reduce_plain_as(
 
 def reduce(
     cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
-    const double[::1] mean_lo, const double[::1] inv_std not None, double[:, ::1] sums not None,
-    int num_threads,
+    const double[::1] mean_lo, const double[::1] inv_std not None, double slope,
+    double[:, ::1] sums not None, int num_threads,
 ):
     """The two sums a gradient needs; see `bncore.reference.reduce`."""
     if not cnp.PyArray_SIZE(x):
@@ -458,13 +467,13 @@ def reduce(
     cdef GradientParameters parameters = parameters_of(mean, mean_lo, inv_std, None, None)
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        reduce_as(<float*> NULL, dy, x, parameters, sums, num_threads)
+        reduce_as(<float*> NULL, dy, x, parameters, slope, sums, num_threads)
     elif kind == FLOAT64:
-        reduce_as(<double*> NULL, dy, x, parameters, sums, num_threads)
+        reduce_as(<double*> NULL, dy, x, parameters, slope, sums, num_threads)
     elif kind == FLOAT16:
-        reduce_as(<Half*> NULL, dy, x, parameters, sums, num_threads)
+        reduce_as(<Half*> NULL, dy, x, parameters, slope, sums, num_threads)
     else:
-        reduce_as(<BFloat16*> NULL, dy, x, parameters, sums, num_threads)
+        reduce_as(<BFloat16*> NULL, dy, x, parameters, slope, sums, num_threads)
 
 
 def reduce_plain(dy, x, mean, mean_lo, inv_std, axis, int num_threads):
@@ -549,11 +558,12 @@ cdef int apply_with_grid(
 
 
 cdef int apply_as(
-    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters, cnp.ndarray dx,
-    int num_threads,
+    element* like, cnp.ndarray dy, cnp.ndarray x, GradientParameters parameters, double slope,
+    cnp.ndarray dx, int num_threads,
 ) except -1:
     cdef Shape shape = shape_of(x)
     cdef BackwardInput[element] input = plain_input_of(view_of(dy, like), view_of(x, like), shape)
+    input.epilogue = undoing(slope)
     return apply_with_grid(input, shape, parameters, just(view_of(dx, like)), num_threads)
 
 
@@ -572,7 +582,8 @@ cdef int apply_plain_as(
 def apply(
     cnp.ndarray dy not None, cnp.ndarray x not None, const double[::1] mean not None,
     const double[::1] mean_lo, const double[::1] inv_std not None, const double[::1] gamma,
-    const double[:, ::1] sums not None, double count, cnp.ndarray dx not None, int num_threads,
+    double slope, const double[:, ::1] sums not None, double count, cnp.ndarray dx not None,
+    int num_threads,
 ):
     """The gradient of the input from the two sums; see `bncore.reference.apply`."""
     if not cnp.PyArray_SIZE(x):
@@ -582,13 +593,13 @@ def apply(
     parameters.count = count
     cdef Kind kind = kind_of(x)
     if kind == FLOAT32:
-        apply_as(<float*> NULL, dy, x, parameters, dx, num_threads)
+        apply_as(<float*> NULL, dy, x, parameters, slope, dx, num_threads)
     elif kind == FLOAT64:
-        apply_as(<double*> NULL, dy, x, parameters, dx, num_threads)
+        apply_as(<double*> NULL, dy, x, parameters, slope, dx, num_threads)
     elif kind == FLOAT16:
-        apply_as(<Half*> NULL, dy, x, parameters, dx, num_threads)
+        apply_as(<Half*> NULL, dy, x, parameters, slope, dx, num_threads)
     else:
-        apply_as(<BFloat16*> NULL, dy, x, parameters, dx, num_threads)
+        apply_as(<BFloat16*> NULL, dy, x, parameters, slope, dx, num_threads)
 
 
 def apply_plain(

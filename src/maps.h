@@ -70,7 +70,8 @@ struct Gradient : OneStep<T> {
   }
   template <bool Whole> BNCORE_INLINE Vec at(ptrdiff_t i, int k) const {
     const Vec its_x = load_as<Vec, Whole>(x + i, k), dz = source.template dz<Whole>(i, k, its_x);
-    const Vec d = (Scaled ? its_x * unit.at(i) : its_x) - mean.at(i);
+    const Vec latent = latent_of(source, its_x);
+    const Vec d = (Scaled ? latent * unit.at(i) : latent) - mean.at(i);
     const Vec its_shift = weigh.template times<Whole>(shift.at(i), i, k);
     const Vec its_rest = weigh.template times<Whole>(rest.at(i), i, k);
     const Vec wd = weigh.template times<Whole>(d, i, k);

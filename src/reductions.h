@@ -101,6 +101,20 @@ template <class T> struct BitGradient {
   }
 };
 
+/* dy and y of a leaky ReLU. */
+template <class T> struct OutputGradient {
+  typedef typename Element<T>::Real Real;
+  View<const T> dy;
+  Real slope, inverse;
+
+  OutputGradient(View<const T> its_dy, Epilogue e)
+      : dy(its_dy), slope(static_cast<Real>(e.a)), inverse(static_cast<Real>(1 / e.a)) {}
+  Strides strides() const { return {dy.n_stride, 0}; }
+  template <class Pick> auto source(const Pick&, ptrdiff_t n, ptrdiff_t c, ptrdiff_t s) const {
+    return OutputSource<T>{dy.at(n, c) + s, slope, inverse};
+  }
+};
+
 /* z is computed again with what was added to it; for dz alone. */
 template <class T> struct LatentGradient {
   View<const T> dy, x, residual;
@@ -113,6 +127,10 @@ template <class T> struct LatentGradient {
     return LatentSource<T, Z>{dy.at(n, c) + s, z, gate};
   }
 };
+
+/* Whether z is got back from y. */
+template <class From> constexpr bool kIsOutput = false;
+template <class T> constexpr bool kIsOutput<OutputGradient<T>> = true;
 
 /* Whether dz needs the table's gates. */
 template <class From> constexpr bool kHasInterval = false;

@@ -115,7 +115,8 @@ template <class T, class Source, class Weigh> struct GradientTerms {
   }
   template <bool Whole> void add(ptrdiff_t i, int k, Wide* first, Wide* second) const {
     const auto its_x = load_narrow<Whole>(x + i, k);
-    Wide g = source.template wide_dz<Whole>(i, k, its_x), d = centred(to_wide(its_x));
+    Wide g = source.template wide_dz<Whole>(i, k, its_x);
+    Wide d = centred(to_wide(latent_of(source, its_x)));
     if (!Whole) d = keep_first(d, k);
     g = weigh.template unmasked<Whole>(g, i, k);
     d = weigh.template unmasked<Whole>(d, i, k);
@@ -231,7 +232,7 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
 
   template <bool Whole> Product at(ptrdiff_t row, ptrdiff_t c, int k) const {
     const auto its_x = load_narrow<Whole>(x + row * x_stride + c, k);
-    Wide d = to_wide(its_x) - load_unaligned<Wide>(mean + c);
+    Wide d = to_wide(latent_of(source, its_x)) - load_unaligned<Wide>(mean + c);
     if (kNeedsLow<T>) d -= load_unaligned<Wide>(mean_lo + c);
     const Wide g = source.row(row, strides).template wide_dz<Whole>(c, k, its_x);
     const Weigh its = weights.row(row);

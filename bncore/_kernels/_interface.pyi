@@ -134,6 +134,7 @@ class Gradient(Protocol):
         mean: Doubles,
         mean_lo: Doubles | None,
         inv_std: Doubles,
+        slope: float,
         sums: Doubles,
         num_threads: int,
     ) -> None: ...
@@ -155,6 +156,7 @@ class Gradient(Protocol):
         mean_lo: Doubles | None,
         inv_std: Doubles,
         gamma: Doubles | None,
+        slope: float,
         sums: Doubles,
         count: float,
         dx: Values,
