@@ -140,16 +140,24 @@ BNCORE_INLINE void keep_gates(const Map& map, const Vec (&z)[Vectors], ptrdiff_t
 template <bool Stream, int Unroll, class T, class Map>
 BNCORE_INLINE void write_vectors(const Map& map, T* out, ptrdiff_t i) {
   typedef Element<T> E;
+  constexpr bool in_twos = kStoredInTwos<T> && Unroll % 2 == 0;
   typename E::Vec v[Unroll];
 #pragma GCC unroll 4
   for (int j = 0; j < Unroll; ++j) v[j] = map.template at<true>(i + j * E::kLanes, E::kLanes);
   keep_gates<Unroll, T>(map, v, i, E::kLanes);
 #pragma GCC unroll 4
-  for (int j = 0; j < Unroll; ++j) {
+  for (int j = 0; j < Unroll; j += 1 + in_twos) {
     const ptrdiff_t at = i + j * E::kLanes;
     const typename E::Vec y = map.template finish<true>(v[j], at, E::kLanes);
-    if (Stream) E::stream(out + at, y);
-    else E::store(out + at, y);
+    if constexpr (in_twos) {
+      const typename E::Vec z = map.template finish<true>(v[j + 1], at + E::kLanes, E::kLanes);
+      if (Stream) E::stream_two(out + at, y, z);
+      else E::store_two(out + at, y, z);
+    } else if (Stream) {
+      E::stream(out + at, y);
+    } else {
+      E::store(out + at, y);
+    }
   }
 }
 
