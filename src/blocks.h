@@ -356,7 +356,7 @@ template <class T> struct BackwardInput {
   template <class Visit>
   void visit_all(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
                  const Visit& visit_both) const {
-    const bool below = gates_below(grid, p, group);
+    const bool below = !weights.any() && gates_below(grid, p, group);
     weights.visit([&](auto positions) {
       visit<decltype(positions)::kAny>(grid, below, [&](const auto& from) {
         visit_both(from, positions);

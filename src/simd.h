@@ -443,7 +443,7 @@ inline HalfFloats widen_narrow(const BFloat16* p) {
   return (HalfFloats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
 #elif defined(__AVX2__)
   const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return (HalfFloats)_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16);
+  return (HalfFloats)_mm_unpacklo_epi16(_mm_setzero_si128(), bits);
 #else
   Bits16 bits = {};
   std::memcpy(&bits, p, kWide * sizeof(*p));
