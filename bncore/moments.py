@@ -95,23 +95,20 @@ class Moments:
                 f"cannot add moments of channels {self.count.shape} and {other.count.shape}"
             )
         count = self.count + other.count
-        if count.ndim and (self.count * other.count).all():
-            share = other.count / count
-            distance = (other.mean - self.mean) + (other.mean_lo - self.mean_lo)
-            mean, mean_lo = _two_sum(self.mean, self.mean_lo + distance * share)
-            m2 = self.m2 + other.m2 + distance * distance * (self.count * share)
-            return Moments.of(count, mean, m2, mean_lo)
-        # Either is of nothing, in all channels or some.
-        empty = count == 0
-        share = np.divide(other.count, count, out=np.zeros_like(count), where=~empty)
-        # Nothing has no mean: its distance must not turn a NaN or Inf elsewhere into one here.
-        both = (self.count != 0) & (other.count != 0)
-        distance = np.where(both, (other.mean - self.mean) + (other.mean_lo - self.mean_lo), 0.0)
-        start = np.where(self.count == 0, other.mean, self.mean)
-        start_lo = np.where(self.count == 0, other.mean_lo, self.mean_lo)
+        distance = (other.mean - self.mean) + (other.mean_lo - self.mean_lo)
+        if (self.count * other.count).all():
+            share, start, start_lo = other.count / count, self.mean, self.mean_lo
+        else:
+            # Nothing has no mean: its distance must not turn a NaN or Inf elsewhere into one here.
+            none, no_other = self.count == 0, other.count == 0
+            share = np.divide(other.count, count, out=np.zeros_like(count), where=count != 0)
+            distance = np.where(none | no_other, 0.0, distance)
+            start = np.where(none, other.mean, self.mean)
+            start_lo = np.where(none, other.mean_lo, self.mean_lo)
         mean, mean_lo = _two_sum(start, start_lo + distance * share)
         m2 = self.m2 + other.m2 + distance * distance * (self.count * share)
-        return Moments(count, mean, m2, mean_lo)
+        make = Moments.of if count.ndim else Moments
+        return make(count, mean, m2, mean_lo)
 
     def __repr__(self):
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"

@@ -199,3 +199,25 @@ def test_a_gradient_beyond_its_parameter_s_type_is_infinite(backend):
     _, saved = bncore.batch_norm(x, gamma, gamma)
     g = bncore.batch_norm_backward(np.full_like(x, 1000), saved)
     assert g.dbeta.dtype == np.float16 and np.isinf(g.dbeta[0])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("place", range(0, 100, 7))
+def test_a_nan_stays_one_and_alone(backend, dtype, place, channels_last):
+    x = normal(1, (1, 3, 100), dtype)
+    x[0, 1, place] = np.nan
+    x = in_layout(x, "channels_last" if channels_last else "C")
+    y = bncore.batch_norm_inference(x, np.zeros(3), np.ones(3), eps=1e-12)
+    assert bits(y) == bits(x)
+
+
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001, 0xFFC0FFFF])
+@pytest.mark.parametrize("shape", [(2, 3, 40), (70, 3)])
+def test_a_nan_whose_bits_are_rounded_away_stays_one(backend, dtype, shape, pattern):
+    """As a rounded number it would be infinite, or 0 with the other sign."""
+    gamma = np.ones(3, np.float32)
+    gamma[1:2] = np.array([pattern], np.uint32).view(np.float32)
+    x = normal(1, shape, dtype)
+    y = bncore.batch_norm_inference(x, np.zeros(3), np.ones(3), gamma, eps=1e-12)
+    assert np.isnan(y[:, 1].astype(np.float32)).all()
+    assert bits(y[:, ::2]) == bits(x[:, ::2])
