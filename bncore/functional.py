@@ -16,7 +16,7 @@ import numpy as np
 from bncore import _backend, _check, _layout
 from bncore._config import get_num_threads
 from bncore._weights import Weights, weights_of
-from bncore.moments import Moments
+from bncore.moments import moments_of
 from bncore.reference import NO_ACTIVATION, SLOPE
 
 GRADIENTS = ("x", "gamma", "beta", "residual")
@@ -717,7 +717,7 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
         plain = _backend.active.statistics.moments_plain(x, axis, get_num_threads())
         if plain is not None:
             mean, mean_lo, m2, count = plain
-            return Moments.of(count, mean, m2, mean_lo)
+            return moments_of(count, mean, m2, mean_lo)
 
     x = _check.input_array(x)
     axes = _check.channel_axes(axis, x.ndim)
@@ -731,8 +731,8 @@ def moments(x, *, axis=1, mask=None, sample_weight=None):
     mean, mean_lo, m2 = stats.reshape((3, *shape))
     if weights is None:
         count = float(layout.shape[0] * layout.shape[2])
-        return Moments.of(np.full(shape, count), mean, m2, mean_lo)
-    return Moments.of(np.full(shape, weights.given_total), mean, m2 * weights.unit, mean_lo)
+        return moments_of(np.full(shape, count), mean, m2, mean_lo)
+    return moments_of(np.full(shape, weights.given_total), mean, m2 * weights.unit, mean_lo)
 
 
 def backward_reduce(dy, x, mean, inv_std, *, axis=1, mask=None, mean_lo=None):

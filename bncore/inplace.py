@@ -67,8 +67,8 @@ class InPlaceBatchNorm(Layer):
 
     The layer keeps y, not a copy of it: if y is changed before `backward`, the gradient is another.
 
-    The kernels bring z back as they read y, so that the backward pass takes about as long as that of
-    `BatchNorm`; where y or dy has gaps between its rows, or is reversed, it is copied for it.
+    The kernels bring z back as they read y, so that the backward pass takes about as long as that
+    of `BatchNorm`; where y or dy has gaps between its rows, or is reversed, it is copied for it.
 
     References
     ----------
@@ -250,7 +250,7 @@ def _write_gradient(dy, kept, axes, dx):
         dx = gamma inv_std (dz - (sum dz + x' sum dz x') / n)        x' = (z - beta) / gamma
 
     The statistics of z stand for those of x: mean beta, 1 / |gamma| for inv_std. That is x' but for
-    gamma's sign, which x' times a sum of x' does not show. The kernels get z back from y themselves.
+    gamma's sign, which x' times a sum of x' does not show. The kernels get z back from y.
     """
     y = kept.y
     slope = 1.0 if kept.activation is None else float(kept.activation[1])

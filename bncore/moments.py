@@ -56,13 +56,6 @@ class Moments:
             raise ValueError(f"count, mean and m2 must have one shape, got {shapes}") from None
         self.count, self.mean, self.m2, self.mean_lo = arrays
 
-    @classmethod
-    def of(cls, count, mean, m2, mean_lo):
-        """Moments of float64 arrays of one shape, which are not copied."""
-        moments = cls.__new__(cls)
-        moments.count, moments.mean, moments.m2, moments.mean_lo = count, mean, m2, mean_lo
-        return moments
-
     def var(self, ddof: float = 0) -> np.ndarray:
         """Variance ``m2 / (count - ddof)``; NaN where count does not exceed ddof.
 
@@ -107,11 +100,18 @@ class Moments:
             start_lo = np.where(none, other.mean_lo, self.mean_lo)
         mean, mean_lo = _two_sum(start, start_lo + distance * share)
         m2 = self.m2 + other.m2 + distance * distance * (self.count * share)
-        make = Moments.of if count.ndim else Moments
+        make = moments_of if count.ndim else Moments
         return make(count, mean, m2, mean_lo)
 
     def __repr__(self):
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
+
+
+def moments_of(count, mean, m2, mean_lo):
+    """`Moments` of float64 arrays of one shape, which are neither checked nor copied."""
+    moments = Moments.__new__(Moments)
+    moments.count, moments.mean, moments.m2, moments.mean_lo = count, mean, m2, mean_lo
+    return moments
 
 
 def _two_sum(a, b):

@@ -79,7 +79,8 @@ template <class T> struct AnyActivation {
 
 /* ---------------------------------------------------------------------------------------- z */
 
-/* z of a row or line. Scaled: x is first multiplied by a power of two, see unit_of in coefficients.h. */
+/* z of a row or line. Scaled: x is first multiplied by a power of two, see unit_of in
+ * coefficients.h. */
 template <class T, template <class> class Coefficient, bool Residual, bool Scaled> struct Latent {
   const T* x;
   const T* residual;

@@ -11,8 +11,8 @@ namespace bncore {
  * `over` its end. */
 template <class T, class Writer>
 inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, const Writer& writer,
-                        ptrdiff_t group, ptrdiff_t t, ptrdiff_t count, ptrdiff_t done, ptrdiff_t over,
-                        Seams<T>* seams) {
+                        ptrdiff_t group, ptrdiff_t t, ptrdiff_t count, ptrdiff_t done,
+                        ptrdiff_t over, Seams<T>* seams) {
   typedef decltype(writer.weights) Positions;
   Spread<Positions, 1, max_line(sizeof(T))> spread;
   const ptrdiff_t c = grid.first_channel(group), channels = grid.last_channel(group) - c;
@@ -20,9 +20,9 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
   const auto map = writer.map(PickPerPlace<T>{&table}, t, c, 0, weights.row(0));
   constexpr ptrdiff_t enough = kMapAhead<T, std::decay_t<decltype(map)>>, few = 64;
   const ptrdiff_t places = count * channels * grid.inner, next = count * writer.out.n_stride;
-  /* What is read next follows, or stands in the next line where lines have gaps: there the next group
-   * follows, which does not come soon unless it is of few lines. To the second level, as coefficients
-   * take much of the first. */
+  /* What is read next follows, or stands in the next line where lines have gaps: there the next
+   * group follows, which does not come soon unless it is of few lines. To the second level, as
+   * coefficients take much of the first. */
   const bool follows = next == places || grid.outer <= few;
   const ptrdiff_t ahead = follows ? enough : clamp(enough / places, 1, enough) * next;
   write_row<Writer::kStream, kSecondLevel>(map, writer.out.at(t, c), done, places + over, ahead,
@@ -206,8 +206,9 @@ template <class T> struct ForwardInput {
 
   Purpose to_sum() const { return {weights.any(), bits != nullptr, false, 1}; }
   Purpose to_map(ptrdiff_t channels, View<T> y) const {
-    return {weights.any(), bits != nullptr,
-            is_gapless(channels, x) && is_gapless(channels, residual) && is_gapless(channels, y), 0};
+    const bool gapless =
+        is_gapless(channels, x) && is_gapless(channels, residual) && is_gapless(channels, y);
+    return {weights.any(), bits != nullptr, gapless, 0};
   }
   /* What is read of a group once it has been summed. */
   ForwardInput again(const Grid& grid, ptrdiff_t group) const {
@@ -337,8 +338,9 @@ template <class T> struct BackwardInput {
       if (p.gate_high[c] == p.gate_high[c]) return false;
     return true;
   }
-  /* Calls visit with where dz comes from; below: gates_below of all groups it is for. Beside weights all
-   * intervals are taken as sloped ones: more instances would cost more than they save. */
+  /* Calls visit with where dz comes from; below: gates_below of all groups it is for. Beside
+   * weights all intervals are taken as sloped ones: more instances would cost more than they
+   * save. */
   template <bool Weighted, class Visit>
   void visit(const Grid& grid, bool below, const Visit& visit_from) const {
     const Gate<T> gate(epilogue);

@@ -40,7 +40,8 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     cppclass Values:
         const float* floats
         const double* doubles
-        const double* as_doubles(ptrdiff_t first, ptrdiff_t channels, double otherwise, double* room)
+        const double* as_doubles(ptrdiff_t first, ptrdiff_t channels, double otherwise,
+                                 double* room)
     struct NormalizeParameters:
         const double* mean
         const double* mean_lo

@@ -14,8 +14,8 @@ namespace bncore {
 /* Places of a line that stand in a table once more, behind its end, where lines run on. */
 constexpr ptrdiff_t kOver = kCacheLine / 2;
 
-/* A value per place of a line from a value per channel, which stand at its beginning: each channel's
- * repeated `inner` times, the whole `tile` times. */
+/* A value per place of a line from a value per channel, which stand at its beginning: each
+ * channel's repeated `inner` times, the whole `tile` times. */
 template <class Real> inline void spread_line(const Grid& grid, ptrdiff_t channels, Real* line) {
   const ptrdiff_t repeat = grid.columns ? grid.inner : 1, places = channels * repeat;
   for (ptrdiff_t c = repeat > 1 ? channels - 1 : -1; c >= 0; --c) { // the last first: they move up
@@ -82,8 +82,8 @@ struct Values {
   const float* floats;
   const double* doubles;
 
-  /* Those from channel `first` on as float64, where they are so or in `room`; `otherwise` where there
-   * are none. */
+  /* Those from channel `first` on as float64, where they are so or in `room`; `otherwise` where
+   * there are none. */
   const double* as_doubles(ptrdiff_t first, ptrdiff_t channels, double otherwise,
                            double* __restrict room) const {
     if (doubles) return doubles + first;
@@ -92,7 +92,8 @@ struct Values {
   }
 };
 
-/* Per-channel statistics and parameters; without mean_lo it is 0, without gamma 1, without beta 0. */
+/* Per-channel statistics and parameters; without mean_lo it is 0, without gamma 1, without beta
+ * 0. */
 struct NormalizeParameters {
   const double *mean, *mean_lo, *inv_std;
   Values gamma, beta;
@@ -132,8 +133,8 @@ template <class Real> inline double unit_of(double mean, double inv_std) {
   return std::ldexp(1.0, power < greatest ? power : greatest);
 }
 
-/* The nearest finite Real to a coefficient, lest it make a NaN of x - mean = 0 or of a product beyond
- * Real; a NaN stays one. */
+/* The nearest finite Real to a coefficient, lest it make a NaN of x - mean = 0 or of a product
+ * beyond Real; a NaN stays one. */
 template <class Real> BNCORE_INLINE Wide finite(Wide v) {
   constexpr double greatest = std::numeric_limits<Real>::max();
   return most(-greatest - Wide{}, least(greatest - Wide{}, v));
@@ -148,8 +149,8 @@ template <class Real> inline int64_t is_unusual(double mean, double inv_std) {
          (unless(offset >= small) & unless(offset == 0));
 }
 
-/* Coefficients are found for vectors of channels, as float64, from what the caller has and a unit each.
- * Rows of a table have room for whole vectors. */
+/* Coefficients are found for vectors of channels, as float64, from what the caller has and a
+ * unit each. Rows of a table have room for whole vectors. */
 template <class Real> BNCORE_INLINE void store_as(Real* to, Wide v) {
   if constexpr (sizeof(Real) == sizeof(double)) store_unaligned(to, v);
   else store_unaligned(to, to_floats(v));
@@ -159,8 +160,8 @@ template <class Real> BNCORE_INLINE Wide rounded_to(Wide v) {
   return sizeof(Real) == sizeof(double) ? v : to_wide(to_floats(v));
 }
 
-/* Calls find with one vector of channels after the other and with what is left: whether it is whole (a
- * type, for templates), its first channel, and how many there are. */
+/* Calls find with one vector of channels after the other and with what is left: whether it is
+ * whole (a type, for templates), its first channel, and how many there are. */
 template <class Find> inline void by_vectors(ptrdiff_t channels, const Find& find) {
   ptrdiff_t c = 0;
   for (; c + kWide <= channels; c += kWide) find(std::true_type(), c, kWide);
@@ -198,8 +199,8 @@ BNCORE_INLINE Wide write_means(const Parameters& p, ptrdiff_t channel, int k, Wi
   return (mean - rounded) + mean_lo;
 }
 
-/* The coefficients of z in a group; whether a unit is not 1. Where none is, units stand at each place of a
- * line only if with_unit asks for them. */
+/* The coefficients of z in a group; whether a unit is not 1. Where none is, units stand at each
+ * place of a line only if with_unit asks for them. */
 template <class T, class Parameters>
 inline bool fill_normalize(const Grid& grid, const Parameters& p, ptrdiff_t group, bool with_unit,
                            CoefficientTable<T>* table) {

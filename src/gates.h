@@ -4,8 +4,9 @@
  *        dy * outside   elsewhere, or 0 whatever dy is
  *
  * z is not kept for it. Without a residual z is monotone in x, rounding included, so that the gate
- * is an interval of x, found once for each channel: exact but where a finite x gives a z that is NaN,
- * and two comparisons for an element. With a residual the forward pass keeps a bit for each element.
+ * is an interval of x, found once for each channel: exact but where a finite x gives a z that is
+ * NaN, and two comparisons for an element. With a residual the forward pass keeps a bit for each
+ * element.
  */
 #ifndef BNCORE_GATES_H
 #define BNCORE_GATES_H
@@ -37,8 +38,8 @@ template <class T> struct Gate {
 
 /* ------------------------------------------------------------------------------- where dz is */
 
-/* A source gives dz of the elements at i, or of the k that are left, whose x are `x`; `dz` in vectors of
- * x's type, `wide_dz` as float64. */
+/* A source gives dz of the elements at i, or of the k that are left, whose x are `x`; `dz` in
+ * vectors of x's type, `wide_dz` as float64. */
 
 /* Elements, or bits, from one row to the next. */
 struct Strides {
@@ -115,8 +116,8 @@ template <class T, class Latent> struct LatentSource {
   }
 };
 
-/* In the place of x is y, what a leaky ReLU has made of z: dz and z follow from it, and z takes the place
- * of x. Activation 3, of slope a. */
+/* In the place of x is y, what a leaky ReLU has made of z: dz and z follow from it, and z takes
+ * the place of x. Activation 3, of slope a. */
 template <class T> struct OutputSource {
   typedef typename Element<T>::Real Real;
   const T* dy;
@@ -141,8 +142,9 @@ template <class T, class V> BNCORE_INLINE V latent_of(const OutputSource<T>& sou
   return source.z(y);
 }
 
-/* Keep `count` bits, 64 or at most 57, from bit i of p on; those before it are there already, and the
- * last byte begun is filled up with 0. Where count is a constant so are the sizes of the stores. */
+/* Keep `count` bits, 64 or at most 57, from bit i of p on; those before it are there already,
+ * and the last byte begun is filled up with 0. Where count is a constant so are the sizes of the
+ * stores. */
 BNCORE_INLINE void keep_bits(uint8_t* p, ptrdiff_t i, uint64_t bits, int count) {
   uint8_t* const byte = p + i / 8;
   const int before = static_cast<int>(i % 8), whole = count / 8;
@@ -217,8 +219,8 @@ template <class Real, class Holds> inline Real greatest(Real guess, const Holds&
   return O::at(yes);
 }
 
-/* The same of some channels. Most guesses are off by a number or two, which is told of many channels
- * at once; the others are searched from. */
+/* The same of some channels. Most guesses are off by a number or two, which is told of many
+ * channels at once; the others are searched from. */
 template <class Real, class Holds>
 inline void greatest_of(ptrdiff_t channels, const Real* guess, const Holds& holds, Real* found) {
   typedef Ordinal<Real> O;
@@ -226,7 +228,7 @@ inline void greatest_of(ptrdiff_t channels, const Real* guess, const Holds& hold
   constexpr Real far = std::numeric_limits<Real>::max() / 2;
   for (ptrdiff_t c = 0; c < channels; ++c) {
     const Int before = O::of(guess[c]) - 2;
-    const auto held = [&](Int places) { return static_cast<Int>(holds(c, O::at(before + places))); };
+    const auto held = [&](Int on) { return static_cast<Int>(holds(c, O::at(before + on))); };
     const Int held_by = held(1) + held(2) + held(3) + held(4);
     const bool near = held(0) && !held(5) && std::fabs(guess[c]) < far;
     found[c] = near ? O::at(before + held_by) : std::numeric_limits<Real>::quiet_NaN();
@@ -247,8 +249,8 @@ template <class Real> inline Real beyond(Real x) {
 /* Channels whose gates are found together. */
 constexpr ptrdiff_t kGatesAtOnce = 64;
 
-/* The intervals of x for which channels' z pass the gate; a limit that is NaN bounds nothing. Where z
- * falls with x its lower level is the upper end of the interval. */
+/* The intervals of x for which channels' z pass the gate; a limit that is NaN bounds nothing.
+ * Where z falls with x its lower level is the upper end of the interval. */
 template <class T, class Real = typename Element<T>::Real>
 inline void gate_intervals(const Gate<T>& gate, const Ramps<Real>& ramps, ptrdiff_t channels,
                            double* low, double* high) {

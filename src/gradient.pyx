@@ -495,19 +495,23 @@ def reduce_plain(dy, x, mean, mean_lo, inv_std, axis, int num_threads):
     cdef double* totals = <double*> cnp.PyArray_DATA(sums)
     if shape.kind == FLOAT32:
         reduce_plain_as(
-            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+            <float*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals,
+            num_threads,
         )
     elif shape.kind == FLOAT64:
         reduce_plain_as(
-            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+            <double*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals,
+            num_threads,
         )
     elif shape.kind == FLOAT16:
         reduce_plain_as(
-            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+            <Half*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals,
+            num_threads,
         )
     else:
         reduce_plain_as(
-            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals, num_threads
+            <BFloat16*> NULL, <cnp.ndarray> dy, <cnp.ndarray> x, shape, parameters, totals,
+            num_threads,
         )
     return sums
 
@@ -716,7 +720,8 @@ def activation_backward(
         )
     else:
         gate_as(
-            <BFloat16*> NULL, dy, x, weights, parameters, residual, bits, activation, dz, num_threads
+            <BFloat16*> NULL, dy, x, weights, parameters, residual, bits, activation, dz,
+            num_threads,
         )
 
 
@@ -1016,8 +1021,8 @@ def backward_plain(
     Returns
     -------
     tuple or None
-        dx; dgamma and dbeta, from the sums; and dz: each None where it is neither asked for nor comes
-        with what is; and whether dx has overwritten x.
+        dx; dgamma and dbeta, from the sums; and dz: each None where it is neither asked for nor
+        comes with what is; and whether dx has overwritten x.
     """
     gamma, beta, axes, _, _, stats, _, _, activation, _, bits, weights = record
     cdef Shape shape

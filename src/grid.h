@@ -124,8 +124,8 @@ inline ptrdiff_t tile_of(ptrdiff_t best, ptrdiff_t channels, Purpose purpose) {
   return !has_short_lines(channels, 1) ? 1 : best < 8 ? 8 : best / 8 * 8;
 }
 
-/* Bytes in a cell: at most so many; four cells at least where there is more than one, but for columns
- * of few lines, as each cell finds the coefficients of all its channels. */
+/* Bytes in a cell: at most so many; four cells at least where there is more than one, but for
+ * columns of few lines, as each cell finds the coefficients of all its channels. */
 inline ptrdiff_t cell_of(const Grid& grid, ptrdiff_t itemsize, ptrdiff_t most) {
   constexpr ptrdiff_t small = 128 * 1024, few = 512;
   const ptrdiff_t bytes = grid.outer * grid.channels * grid.inner * itemsize;
@@ -147,9 +147,9 @@ struct Strips {
   }
 };
 
-/* Channels to a group of rows: as many as give a page of contiguous memory, and of small ones as many
- * as a first-level cache holds, which spares turns. Where there is one row to a channel it is summed
- * by itself, so that no accumulators limit their number. */
+/* Channels to a group of rows: as many as give a page of contiguous memory, and of small ones as
+ * many as a first-level cache holds, which spares turns. Where there is one row to a channel it
+ * is summed by itself, so that no accumulators limit their number. */
 inline ptrdiff_t rows_width(ptrdiff_t outer, ptrdiff_t inner, ptrdiff_t itemsize) {
   constexpr ptrdiff_t page = 4096, cached = 16 * 1024;
   const ptrdiff_t row = inner * itemsize, in_page = (page + row - 1) / row;

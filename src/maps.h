@@ -5,10 +5,11 @@
  *   Gradient       dx = scale ((dz - shift) - (x - mean) slope - rest)
  *   FixedGradient  dx = scale dz
  *
- * z is in activations.h. A table's mean is rounded to the type of the maps, and what was lost, mean_lo,
- * is part of the offset or the rest: elements are of that type too, so that x - mean is 0, where the
- * offset is exact, or at least as large as mean_lo. The mean itself is never folded into the offset:
- * x - mean is exact or nearly so where x is near the mean, which is where a x + b would cancel.
+ * z is in activations.h. A table's mean is rounded to the type of the maps, and what was lost,
+ * mean_lo, is part of the offset or the rest: elements are of that type too, so that x - mean is 0,
+ * where the offset is exact, or at least as large as mean_lo. The mean itself is never folded into
+ * the offset: x - mean is exact or nearly so where x is near the mean, which is where a x + b would
+ * cancel.
  */
 #ifndef BNCORE_MAPS_H
 #define BNCORE_MAPS_H
@@ -228,8 +229,9 @@ BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, 
 template <class T, class Map>
 constexpr ptrdiff_t kMapAhead = kFetchAhead / (Map::kArrays * static_cast<ptrdiff_t>(sizeof(T)));
 
-/* Write elements [i, n) of the map to `out`, whole lines past the cache where Stream says so; what is
- * read then comes from memory, and is fetched so many elements ahead to a cache of this Level. */
+/* Write elements [i, n) of the map to `out`, whole lines past the cache where Stream says so;
+ * what is read then comes from memory, and is fetched so many elements ahead to a cache of this
+ * Level. */
 template <bool Stream, int Level, class T, class Map>
 BNCORE_INLINE void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, ptrdiff_t ahead,
                              Seam<T>* seam) {

@@ -267,7 +267,7 @@ cdef void normalize_fixed_by_groups(
     View[element] y,                        # (N, C, S)
     int num_threads,
 ) noexcept nogil:
-    """`normalize_fixed` where a cell is a whole group: each thread reads the statistics of its own."""
+    """`normalize_fixed` where a cell is a whole group: each thread reads the statistics itself."""
     cdef bint stream = is_streamed(grid, sizeof(element))
     cdef Tickets tickets
     tickets.hand_out_cells(grid, num_threads, False)

@@ -1,10 +1,11 @@
 # cython: language_level=3, cdivision=True
 """Plain arguments: those that a kernel can read as they lie.
 
-An array over the elements is plain where it is an exact ndarray of a type the kernels know, aligned,
-in native byte order, positive strides without gaps, its axes in whatever order; a result lies as x
-does.  What holds a value per channel is plain where it is C-contiguous float32 or float64.  Anything
-else is declined, never refused: the functions in `bncore.functional` then check and convert it.
+An array over the elements is plain where it is an exact ndarray of a type the kernels know,
+aligned, in native byte order, without gaps and with positive strides, its axes in whatever order; a
+result lies as x does.  What holds a value per channel is plain where it is C-contiguous float32 or
+float64.  Anything else is declined, never refused: the functions in `bncore.functional` then check
+and convert it.
 """
 
 cimport numpy as cnp

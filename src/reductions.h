@@ -264,8 +264,8 @@ inline void sum_rows(const Grid& grid, const Terms& terms, ptrdiff_t first, ptrd
   }
 }
 
-/* Add `count` lines of so many places, the upper half onto the lower until at most `least` are left;
- * how many these are. */
+/* Add `count` lines of so many places, the upper half onto the lower until at most `least` are
+ * left; how many these are. */
 inline ptrdiff_t fold(double* line, ptrdiff_t count, ptrdiff_t places, ptrdiff_t least) {
   for (ptrdiff_t kept; count > least; count = kept) {
     kept = (count + 1) / 2;

@@ -1,4 +1,5 @@
-/* Seams: whole lines of memory for stores that go past the cache, though rows begin and end anywhere.
+/* Seams: whole lines of memory for stores that go past the cache, though rows begin and end
+ * anywhere.
  */
 #ifndef BNCORE_SEAMS_H
 #define BNCORE_SEAMS_H
@@ -32,7 +33,8 @@ template <class T> struct Seam {
   void stream() {
     constexpr int lanes = kVectorBytes / sizeof(T);
 #pragma GCC unroll 4
-    for (int i = 0; i < kPlaces; i += lanes) stream_vector(at + i, load_unaligned<Floats>(line + i));
+    for (int i = 0; i < kPlaces; i += lanes)
+      stream_vector(at + i, load_unaligned<Floats>(line + i));
     at = nullptr;
   }
   void flush() {

@@ -29,7 +29,8 @@
 #endif
 
 #define BNCORE_INLINE __attribute__((always_inline)) inline
-/* For functions with tables of their own: inlined, several of them would be on the stack at once. */
+/* For functions with tables of their own: inlined, several of them would be on the stack at
+ * once. */
 #define BNCORE_OWN_FRAME __attribute__((noinline))
 
 namespace bncore {

@@ -34,8 +34,8 @@ BNCORE_INLINE void two_sum(double v, double* hi, double* lo) {
 /* Bytes that are fetched ahead, over all arrays that are read: so many that memory's latency has
  * passed when they are needed, and not so many that they leave the cache before.
  *
- * What fetches is always inlined: gcc takes a function that does nothing else for one without an effect,
- * and drops calls to it. */
+ * What fetches is always inlined: gcc takes a function that does nothing else for one without an
+ * effect, and drops calls to it. */
 constexpr ptrdiff_t kFetchAhead = 8192;
 
 /* The caches to fetch to, as the compiler counts them. */

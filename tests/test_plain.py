@@ -193,9 +193,13 @@ class TestDense:
             return bncore.batch_norm_backward(in_layout(dy, "sliced"), saved)
 
         short, long = both_ways(monkeypatch, run)
-        assert short == long == outcome(
-            lambda: bncore.batch_norm_backward(
-                dy, bncore.batch_norm(x, axis=axis, residual=residual, activation="relu")[1]
+        assert (
+            short
+            == long
+            == outcome(
+                lambda: bncore.batch_norm_backward(
+                    dy, bncore.batch_norm(x, axis=axis, residual=residual, activation="relu")[1]
+                )
             )
         )
 
