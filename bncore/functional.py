@@ -335,6 +335,17 @@ def _still(name, array, shape):
     return array
 
 
+def layout_kept(x, axes, bits, weights):
+    """The layout of an x that was kept, which what was kept with it must fit."""
+    layout = _layout.layout_of(x, axes)
+    n, _, s = layout.shape
+    if (bits is not None and bits.size != _layout.gate_bytes(layout.shape)) or (
+        weights is not None and weights.values.shape != (n, s)
+    ):
+        raise ValueError("saved's x must keep its strides until the backward pass")
+    return layout
+
+
 def batch_norm_backward(dy, saved, *, wrt=None, out=None):
     """Gradients of `batch_norm`, through the statistics.
 
@@ -416,7 +427,7 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
         out, x, in_place={"dy": dy, "x": x},
         read={"gamma": gamma, "beta": beta, "saved's statistics": saved.stats},
     )  # fmt: skip
-    layout = _layout.layout_of(x, saved.axes)
+    layout = layout_kept(x, saved.axes, extras.bits, extras.weights)
     target = _Target(out, x, layout) if "x" in wanted else None
     residual = _Target(None, x, layout) if extras.had_residual and "residual" in wanted else None
     dgamma = _gradient_like(gamma) if "gamma" in wanted else None

@@ -34,6 +34,13 @@ FUNCTIONS = {
 }
 
 
+DERIVATIVES = {
+    "backward": bncore.batch_norm_backward,
+    "jvp": bncore.batch_norm_jvp,
+    "double_backward": lambda dy, saved: bncore.batch_norm_double_backward(dy, dy, saved),
+}
+
+
 def call(function, a):
     """Call a function with those of the arguments it takes, all by name."""
     names = FUNCTIONS[function].split()
@@ -226,14 +233,7 @@ class TestBackward:
         with pytest.raises(TypeError, match="saved must come from batch_norm, got "):
             bncore.batch_norm_backward(arguments().dy, value)
 
-    @pytest.mark.parametrize(
-        "derivative",
-        [
-            bncore.batch_norm_backward, bncore.batch_norm_jvp,
-            lambda dy, saved: bncore.batch_norm_double_backward(dy, dy, saved),
-        ],
-        ids=["backward", "jvp", "double_backward"],
-    )  # fmt: skip
+    @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
     @pytest.mark.parametrize(
         "keywords", [{}, {"activation": "relu", "residual": True}, {"mask": True}]
     )
@@ -251,6 +251,24 @@ class TestBackward:
         a.beta.resize(1, refcheck=False)
         with pytest.raises(ValueError, match=r"^saved's beta must keep its shape \(3,\)"):
             derivative(a.dy, saved)
+
+    @pytest.mark.filterwarnings("ignore:Setting the strides:DeprecationWarning")
+    @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+    @pytest.mark.parametrize("kept", ["bits", "weights"])
+    def test_what_is_kept_keeps_its_strides(self, backend, derivative, kept):
+        """Bits of gates, and weights, lie as x does: beside another x they would be too short."""
+        x = normal(1, (9, 3, 5), np.float32)
+        if kept == "bits":
+            keywords = {"residual": x.copy(), "activation": "relu"}
+        else:
+            keywords = {"mask": np.ones((9, 1, 5), bool)}
+        _, saved = bncore.batch_norm(x, **keywords)
+        before, after = x.strides, x.transpose(0, 2, 1).copy().transpose(0, 2, 1).strides
+        x.strides = after
+        with pytest.raises(ValueError, match="^saved's x must keep its strides"):
+            derivative(normal(2, (9, 3, 5), np.float32), saved)
+        x.strides = before
+        derivative(normal(2, (9, 3, 5), np.float32), saved)
 
     def test_nothing_saved(self, backend):
         with pytest.raises(ValueError, match="^saved has no x"):

@@ -87,7 +87,7 @@ def test_squares_beyond_the_range_of_float64(scale):
 
 def test_a_gradient_where_no_value_counts():
     x, dy, dx, ones = normal(1, (2, 3, 4)), normal(2, (2, 3, 4)), np.empty((2, 3, 4)), np.ones(3)
-    reference.apply(dy, x, ones, None, 2 * ones, 3 * ones, np.zeros((2, 3)), 0.0, dx)
+    reference.apply(dy, x, ones, None, 2 * ones, 3 * ones, 1.0, np.zeros((2, 3)), 0.0, dx)
     np.testing.assert_array_equal(dx, 6 * dy)
 
 
