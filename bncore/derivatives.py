@@ -27,7 +27,6 @@ from bncore.functional import (
     _parameter,
     _Target,
     _threads,
-    layout_kept,
     saved_parameters,
     saved_x,
 )
@@ -481,7 +480,7 @@ class _Point:
     """
 
     def __init__(self, given):
-        self.layout = layout_kept(given.x, given.axes, given.bits, given.weights)
+        self.layout = _layout.layout_of(given.x, given.axes)
         self.weights = given.weights
         weight = None if given.weights is None else given.weights.as_floats()[:, None]
         self.valid = None if weight is None else weight >= 0

@@ -172,12 +172,15 @@ class Extras(NamedTuple):
         Where there was a residual and an activation: a bit for each element, whether the
         activation hands its gradient on. Without a residual x tells.
     weights : Weights or None
+    strides : tuple of int or None
+        Those of x, where there are bits or weights: they lie as x does.
     """
 
     activation: tuple[int, float, float]
     had_residual: bool
     bits: np.ndarray | None
     weights: Weights | None
+    strides: tuple[int, ...] | None
 
 
 def batch_norm(
@@ -304,7 +307,7 @@ def batch_norm(
     saved.x = None if out is not None and _check.coincide(out, x) else x
     saved.record = (
         gamma, beta, axes, eps, values, stats, shape, x.shape, activation, residual is not None,
-        bits, weights,
+        bits, weights, None if bits is None and weights is None else x.strides,
     )  # fmt: skip
     return target.finish(), saved
 
@@ -317,6 +320,11 @@ def saved_x(saved):
     if x is None:
         raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
     _still("x", x, saved.record[7])
+    strides = saved.record[12]
+    if strides is not None and x.strides != strides:
+        raise ValueError(
+            f"saved's x must keep its strides {strides} until the backward pass, got {x.strides}"
+        )
     return x
 
 
@@ -333,17 +341,6 @@ def _still(name, array, shape):
             f"saved's {name} must keep its shape {shape} until the backward pass, got {array.shape}"
         )
     return array
-
-
-def layout_kept(x, axes, bits, weights):
-    """The layout of an x that was kept, which what was kept with it must fit."""
-    layout = _layout.layout_of(x, axes)
-    n, _, s = layout.shape
-    if (bits is not None and bits.size != _layout.gate_bytes(layout.shape)) or (
-        weights is not None and weights.values.shape != (n, s)
-    ):
-        raise ValueError("saved's x must keep its strides until the backward pass")
-    return layout
 
 
 def batch_norm_backward(dy, saved, *, wrt=None, out=None):
@@ -427,7 +424,7 @@ def batch_norm_backward(dy, saved, *, wrt=None, out=None):
         out, x, in_place={"dy": dy, "x": x},
         read={"gamma": gamma, "beta": beta, "saved's statistics": saved.stats},
     )  # fmt: skip
-    layout = layout_kept(x, saved.axes, extras.bits, extras.weights)
+    layout = _layout.layout_of(x, saved.axes)
     target = _Target(out, x, layout) if "x" in wanted else None
     residual = _Target(None, x, layout) if extras.had_residual and "residual" in wanted else None
     dgamma = _gradient_like(gamma) if "gamma" in wanted else None
@@ -1030,7 +1027,12 @@ def _fixed_statistics(mean, var, gamma, beta, eps, shape):
 def _count(count, shape, size) -> float:
     """One number of values for all channels; 0 only where there are none."""
     try:
-        counts = np.asarray(count, np.float64)
+        counts = np.asarray(count)
+        if counts.dtype.kind not in "iufO" or isinstance(count, np.ma.MaskedArray):
+            raise TypeError
+        counts = counts.astype(np.float64)
+    except OverflowError:
+        raise ValueError("count must be a number that float64 holds") from None
     except (TypeError, ValueError):
         raise TypeError(f"count must be a number or an array of numbers, got {count!r}") from None
     if counts.shape not in ((), shape):

@@ -18,7 +18,7 @@ import numpy as np
 
 from bncore import _backend, _check
 from bncore._layout import layout_of, to_kernel
-from bncore.functional import _Target, batch_norm, batch_norm_inference, _threads
+from bncore.functional import _Target, _threads, batch_norm, batch_norm_inference
 from bncore.state import Layer
 
 _BITS = {"float64": 20, "float32": 8, "float16": 3, "bfloat16": 3}
@@ -59,7 +59,8 @@ class InPlaceBatchNorm(Layer):
     training a channel must have
 
     - ``|beta| / |gamma| + 1`` of at most 2^20 in float64, 2^8 in float32, 2^3 in float16 and
-      bfloat16: x' is then right to 1e-10, 2e-5, 4e-3 and 3e-2; and
+      bfloat16: x' is then right to 1e-10, 2e-5, 4e-3 and 3e-2, and with an activation to three
+      times the first two; and
     - ``|gamma| min(slope, 1)`` of at least the smallest normal number, 2^-14 in float16 and 2^-126
       in float32 and bfloat16; in float64 2^-500, and gamma of at most 2^500.
 
@@ -67,8 +68,9 @@ class InPlaceBatchNorm(Layer):
 
     The layer keeps y, not a copy of it: if y is changed before `backward`, the gradient is another.
 
-    The kernels bring z back as they read y, so that the backward pass takes about as long as that
-    of `BatchNorm`; where y or dy has gaps between its rows, or is reversed, it is copied for it.
+    The kernels bring z back as they read y: for large arrays the backward pass takes about as long
+    as that of `BatchNorm`, for small ones several times as long, as more is checked. An array that
+    they can not read as it lies, or a dy that lies otherwise than y, is copied.
 
     References
     ----------
@@ -122,7 +124,9 @@ class InPlaceBatchNorm(Layer):
         )  # fmt: skip
         if move is not None:
             self._move(saved, move)
-        self._forward = _Kept(x, gamma, beta, saved.inv_std, self.activation, True)
+        self._forward = _Kept(
+            x, x.shape, saved.axes, gamma, beta, saved.inv_std, self.activation, True
+        )
         return x
 
     def backward(self, dy, *, wrt=None, out=None):
@@ -153,15 +157,19 @@ class InPlaceBatchNorm(Layer):
         kept = self._forward
         if kept is None:
             raise ValueError("backward needs a call of the layer before it, whose y is still there")
+        if kept.y.shape != kept.shape:
+            raise ValueError(
+                f"y must keep its shape {kept.shape} until the backward pass, got {kept.y.shape}"
+            )
         dy = _check.same_shape(dy, "dy", kept.y)
         wanted = _check.wanted(wrt, _GRADIENTS, _GRADIENTS, out)
-        _check.output(out, kept.y, in_place={"dy": dy, "y": kept.y}, read={})
+        parameters = {"gamma": self.gamma, "beta": self.beta}
+        _check.output(out, kept.y, in_place={"dy": dy, "y": kept.y}, read=parameters)
         _check_invertible(kept.gamma, kept.beta, kept.activation, kept.y.dtype)
-        axes = _check.channel_axes(self.axis, kept.y.ndim)
         dx = out
         if dx is None and "x" in wanted:
             dx = np.empty_like(kept.y, subok=False)
-        sum_dz, sum_dz_xhat = _write_gradient(dy, kept, axes, dx)
+        sum_dz, sum_dz_xhat = _write_gradient(dy, kept, dx)
         if dx is not None and np.shares_memory(dx, kept.y):
             self._forward = None
         self.grad_beta = _like(self.beta, sum_dz) if "beta" in wanted else None
@@ -197,7 +205,8 @@ class InPlaceBatchNorm(Layer):
             x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
             eps=eps, activation=self.activation, out=x,
         )  # fmt: skip
-        self._forward = _Kept(x, gamma, beta, inv_std, self.activation, False)
+        axes = _check.channel_axes(self.axis, x.ndim)
+        self._forward = _Kept(x, x.shape, axes, gamma, beta, inv_std, self.activation, False)
         return x
 
     def _parameters(self):
@@ -214,6 +223,8 @@ class _Kept(NamedTuple):
     """What a call keeps for `InPlaceBatchNorm.backward`."""
 
     y: np.ndarray
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
     gamma: np.ndarray
     beta: np.ndarray
     inv_std: np.ndarray
@@ -242,7 +253,7 @@ def _check_invertible(gamma, beta, activation, dtype):
         )
 
 
-def _write_gradient(dy, kept, axes, dx):
+def _write_gradient(dy, kept, dx):
     """Write dx, where there is one; returns the gradients of beta and gamma.
 
     ::
@@ -258,7 +269,7 @@ def _write_gradient(dy, kept, axes, dx):
     beta, inv_std, scale = (
         array.reshape(-1) for array in (kept.beta, 1 / size, kept.gamma * size * kept.inv_std)
     )
-    layout = layout_of(y, axes)
+    layout = layout_of(y, kept.axes)
     arrays = to_kernel(dy, layout), to_kernel(y, layout)
     sums = np.empty((2, size.size))
     gradient, threads = _backend.active.gradient, _threads(y)

@@ -89,7 +89,7 @@ class Moments:
             )
         count = self.count + other.count
         distance = (other.mean - self.mean) + (other.mean_lo - self.mean_lo)
-        if (self.count * other.count).all():
+        if (self.count * other.count * count).all():
             share, start, start_lo = other.count / count, self.mean, self.mean_lo
         else:
             # Nothing has no mean: its distance must not turn a NaN or Inf elsewhere into one here.

@@ -26,30 +26,13 @@ cdef inline double* room(Scratch& scratch, size_t count) except NULL:
     return start
 
 
-cdef inline cnp.npy_intp gate_bytes(const Shape& shape) noexcept:
-    """Bytes of a gate's bits, as `bncore._layout.gate_bytes` has it."""
+cdef inline cnp.ndarray bits_for(const Shape& shape):
+    """Room for a gate's bits, as `bncore._layout.gate_bytes` has it."""
     cdef ptrdiff_t rows = shape.outer, length = shape.channels
     if shape.inner > 1:
         rows, length = shape.outer * shape.channels, shape.inner
-    return rows * ((length + 7) // 8) + 8
-
-
-cdef inline cnp.ndarray bits_for(const Shape& shape):
-    """Room for a gate's bits."""
-    cdef cnp.npy_intp size = gate_bytes(shape)
+    cdef cnp.npy_intp size = rows * ((length + 7) // 8) + 8
     return cnp.PyArray_EMPTY(1, &size, cnp.NPY_UINT8, 0)
-
-
-cdef inline bint fit(object bits, object weights, const Shape& shape) except -1:
-    """Whether a gate's bits and a `bncore._weights.Weights`, or None, are of this shape."""
-    if bits is not None and cnp.PyArray_SIZE(<cnp.ndarray?> bits) != gate_bytes(shape):
-        return False
-    if weights is None:
-        return True
-    cdef cnp.ndarray values = <cnp.ndarray?> weights[0]
-    return (
-        cnp.PyArray_DIM(values, 0) == shape.outer and cnp.PyArray_DIM(values, 1) == shape.inner
-    )
 
 
 cdef inline cnp.ndarray fresh_like(cnp.ndarray x):

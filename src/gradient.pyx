@@ -16,7 +16,7 @@ from libc.math cimport INFINITY
 
 from arguments cimport (
     FixedStatistics, any_negative, bits_of, doubles_of, epilogue_of, equal_weights, fill_gradient,
-    fit, fixed_of, fresh_like, gradient_like, is_small, kind_of, no_epilogue, plain_view,
+    fixed_of, fresh_like, gradient_like, is_small, kind_of, no_epilogue, plain_view,
     plain_view_or_none, pointer, read_fixed, read_only, room, shape_of, values_of, view_of,
     weights_of,
 )
@@ -1024,7 +1024,7 @@ def backward_plain(
         dx; dgamma and dbeta, from the sums; and dz: each None where it is neither asked for nor
         comes with what is; and whether dx has overwritten x.
     """
-    gamma, beta, axes, _, _, stats, _, _, activation, _, bits, weights = record
+    gamma, beta, axes, _, _, stats, _, _, activation, _, bits, weights, _ = record
     cdef Shape shape
     if not (
         len(<tuple?> axes) == 1
@@ -1037,7 +1037,6 @@ def backward_plain(
         and apart(out, gamma)
         and apart(out, beta)
         and apart(out, <cnp.ndarray?> stats)
-        and fit(bits, weights, shape)
     ):
         return None
     cdef Epilogue epilogue = epilogue_of(activation)

@@ -452,7 +452,7 @@ def forward_plain(
     # Whatever can fail comes before the kernel, which may write over x.
     result = y, None if in_place else x, (
         gamma, beta, (shape.axis,), eps, values, stats, (shape.channels,), x.shape, activation,
-        residual is not None, bits, None,
+        residual is not None, bits, None, None if bits is None else x.strides,
     )
     cdef Values gammas = values_of(gamma), betas = values_of(beta)
     cdef double* results = <double*> cnp.PyArray_DATA(stats)

@@ -377,14 +377,7 @@ inline Bits32 upper_halves(Floats v) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-inline Bits16 narrow(Floats v, BFloat16) {
-#if defined(__AVX2__) && !defined(__AVX512VL__)
-  const __m256 all = (__m256)v;
-  if (__builtin_expect(!_mm256_movemask_ps(_mm256_cmp_ps(all, all, _CMP_UNORD_Q)), 1))
-    return gather(upper_halves(v));
-#endif
-  return gather(upper_halves(settled(v)));
-}
+inline Bits16 narrow(Floats v, BFloat16) { return gather(upper_halves(settled(v))); }
 
 inline Floats widen(Bits16 v, Half) {
 #if defined(__AVX512VL__)
@@ -424,7 +417,7 @@ inline Bits16 narrow(Floats v, Half) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512VL__)
-/* Two vectors in one of 32 bytes: fewer steps than one after the other. */
+/* Two whole vectors in one of 32 bytes: fewer steps than one after the other. */
 inline __m256i narrow_two(Floats a, Floats b, BFloat16) {
   const bool any_nan = _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q));
   if (__builtin_expect(any_nan, 0)) a = settled(a), b = settled(b);

@@ -255,20 +255,22 @@ class TestBackward:
     @pytest.mark.filterwarnings("ignore:Setting the strides:DeprecationWarning")
     @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
     @pytest.mark.parametrize("kept", ["bits", "weights"])
-    def test_what_is_kept_keeps_its_strides(self, backend, derivative, kept):
-        """Bits of gates, and weights, lie as x does: beside another x they would be too short."""
-        x = normal(1, (9, 3, 5), np.float32)
+    @pytest.mark.parametrize("shape", [(9, 3, 5), (8, 3, 8)], ids=str)
+    @pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0)], ids=str)
+    def test_what_is_kept_keeps_its_strides(self, backend, derivative, kept, shape, order):
+        """Bits of gates, and weights, lie as x does."""
+        x = normal(1, shape, np.float32)
         if kept == "bits":
             keywords = {"residual": x.copy(), "activation": "relu"}
         else:
-            keywords = {"mask": np.ones((9, 1, 5), bool)}
+            keywords = {"mask": np.ones((shape[0], 1, shape[2]), bool)}
         _, saved = bncore.batch_norm(x, **keywords)
-        before, after = x.strides, x.transpose(0, 2, 1).copy().transpose(0, 2, 1).strides
+        before, after = x.strides, x.transpose(order).copy().transpose(np.argsort(order)).strides
         x.strides = after
         with pytest.raises(ValueError, match="^saved's x must keep its strides"):
-            derivative(normal(2, (9, 3, 5), np.float32), saved)
+            derivative(normal(2, shape, np.float32), saved)
         x.strides = before
-        derivative(normal(2, (9, 3, 5), np.float32), saved)
+        derivative(normal(2, shape, np.float32), saved)
 
     def test_nothing_saved(self, backend):
         with pytest.raises(ValueError, match="^saved has no x"):

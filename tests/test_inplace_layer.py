@@ -427,6 +427,27 @@ class TestErrors:
             layer.backward(wide[:8], out=wide[1:])
         assert layer.grad_gamma is None
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_y_keeps_its_shape_and_the_axis_is_the_call_s(self, backend, training):
+        layer, x, dy = layer_of().train(training), normal(1, (8, 5)), normal(2, (8, 5))
+        layer(x)
+        expected = bits(layer.backward(dy), layer.grad_gamma)
+        layer.axis = 0
+        assert bits(layer.backward(dy), layer.grad_gamma) == expected
+        x.resize((5, 8), refcheck=False)
+        with pytest.raises(ValueError, match=r"^y must keep its shape \(8, 5\) until"):
+            layer.backward(normal(2, (5, 8)))
+
+    @pytest.mark.parametrize("name", ["gamma", "beta"])
+    def test_dx_over_a_parameter(self, backend, name):
+        layer, x = layer_of(1), normal(1, (8, 1))
+        memory = np.ones(8)
+        setattr(layer, name, memory[:1])
+        layer(x)
+        with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+            layer.backward(normal(2, (8, 1)), out=memory.reshape(8, 1))
+        assert (memory == 1).all()
+
     def test_evaluation_needs_running_statistics(self):
         layer = layer_of().eval()
         layer.running_mean = None

@@ -348,3 +348,10 @@ def test_what_does_not_fit_is_refused(name, value, error):
     ):
         with pytest.raises((TypeError, ValueError), match=error):
             call()
+
+
+def test_taking_all_of_a_part_away_again():
+    m = bncore.moments(normal(1, (10, 3)))
+    nothing = m + bncore.Moments(-m.count, m.mean, -m.m2)
+    assert (nothing.count == 0).all() and (nothing.m2 == 0).all()
+    np.testing.assert_array_equal(nothing.mean, m.mean)
