@@ -212,12 +212,16 @@ def test_a_nan_stays_one_and_alone(backend, dtype, place, channels_last):
 
 
 @pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001, 0xFFC0FFFF])
-@pytest.mark.parametrize("shape", [(2, 3, 40), (70, 3)])
-def test_a_nan_whose_bits_are_rounded_away_stays_one(backend, dtype, shape, pattern):
+@pytest.mark.parametrize(
+    ("shape", "channel"), [((2, 3, 40), 1), ((70, 3), 1), *(((9, 64), c) for c in range(2, 64, 7))]
+)
+def test_a_nan_whose_bits_are_rounded_away_stays_one(backend, dtype, shape, channel, pattern):
     """As a rounded number it would be infinite, or 0 with the other sign."""
-    gamma = np.ones(3, np.float32)
-    gamma[1:2] = np.array([pattern], np.uint32).view(np.float32)
+    gamma = np.ones(shape[1], np.float32)
+    gamma[channel : channel + 1] = np.array([pattern], np.uint32).view(np.float32)
     x = normal(1, shape, dtype)
-    y = bncore.batch_norm_inference(x, np.zeros(3), np.ones(3), gamma, eps=1e-12)
-    assert np.isnan(y[:, 1].astype(np.float32)).all()
-    assert bits(y[:, ::2]) == bits(x[:, ::2])
+    given = np.zeros(shape[1]), np.ones(shape[1])
+    y = bncore.batch_norm_inference(x, *given, gamma, eps=1e-12)
+    assert np.isnan(y[:, channel].astype(np.float32)).all()
+    others = np.arange(shape[1]) != channel
+    assert bits(y[:, others]) == bits(x[:, others])
