@@ -19,7 +19,7 @@ namespace bncore {
 
 constexpr ptrdiff_t kMaxLine = 1024;     // places on a line of columns, half for float64
 constexpr ptrdiff_t kSumLine = 512;      // the same where they are summed
-constexpr ptrdiff_t kLongSumLine = 1024; // and where two arrays are, from memory
+constexpr ptrdiff_t kLongSumLine = 1024; // and where each line is a long stream from memory
 constexpr ptrdiff_t kMaxRowsWidth = 16;  // channels of which rows are summed side by side
 constexpr ptrdiff_t kPacked = 128;       // below this, rows or lines come without gaps between
 constexpr ptrdiff_t kPad = 16;           // elements beyond a per-place array's end
@@ -134,16 +134,19 @@ inline ptrdiff_t cell_of(const Grid& grid, ptrdiff_t itemsize, ptrdiff_t most) {
 }
 
 /* How lines of columns are summed: lines side by side spare the accumulators in memory, but each is
- * a stream of its own, and of those that come from memory a core follows few. */
+ * a stream of its own, and of those that come from memory a core follows few. Where they are far
+ * apart they are long, so that each goes on where its last line ended. */
 struct Strips {
   ptrdiff_t line, lines; // places at most, and how many side by side
 
   static Strips of(ptrdiff_t places, ptrdiff_t itemsize, ptrdiff_t bytes, Purpose purpose) {
-    constexpr ptrdiff_t cached = 48 << 20, run = 2048;
+    constexpr ptrdiff_t cached = 48 << 20, run = 2048, few = 4;
+    const bool is_short = purpose.weighted || itemsize == 8;
+    if (kFarApart) return {is_short ? kSumLine : kLongSumLine, few};
     if (purpose.arrays == 1) return {kSumLine, 8};
-    if (purpose.weighted || itemsize == 8 || 2 * bytes <= cached) return {kSumLine, 4};
+    if (is_short || 2 * bytes <= cached) return {kSumLine, few};
     const ptrdiff_t line = places < kLongSumLine ? places : kLongSumLine;
-    return {kLongSumLine, clamp(run / (line * itemsize), 1, 4)};
+    return {kLongSumLine, clamp(run / (line * itemsize), 1, few)};
   }
 };
 

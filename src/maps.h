@@ -225,6 +225,12 @@ BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, 
   else write_cached(map, out, i, n);
 }
 
+/* Whether a map fetches what it reads next to a cache of this Level, which is the second for columns:
+ * two arrays of them, cores whose vectors are shorter than a cache line bring sooner by themselves.
+ */
+template <class Map, int Level>
+constexpr bool kFetches = Level == kFirstLevel || Map::kArrays == 1 || kVectorBytes == kCacheLine;
+
 /* Elements that a map fetches ahead. */
 template <class T, class Map>
 constexpr ptrdiff_t kMapAhead = kFetchAhead / (Map::kArrays * static_cast<ptrdiff_t>(sizeof(T)));
@@ -238,7 +244,7 @@ BNCORE_INLINE void write_row(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, p
   constexpr int unroll = 4, turn = unroll * Element<T>::kLanes;
   i = write_head<Stream>(map, out, i, n, seam);
   for (; i + turn <= n; i += turn) {
-    if (Stream) map.template prefetch<Level>(i + ahead, turn);
+    if (Stream && kFetches<Map, Level>) map.template prefetch<Level>(i + ahead, turn);
     write_vectors<Stream, unroll>(map, out, i);
   }
   write_tail<Stream>(map, out, i, n, seam);

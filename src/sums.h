@@ -177,6 +177,12 @@ struct Product {
 /* Vectors of a row of columns that are taken together: a cache line or two. */
 constexpr int kStripVectors = 4;
 
+/* Whether rows that are summed side by side stand far apart, each at the beginning of a part of all
+ * of them: cores whose vectors are shorter than a cache line follow so many streams by themselves,
+ * and get more from memory for it. Elsewhere rows are neighbours, and what is read next is fetched.
+ */
+constexpr bool kFarApart = kVectorBytes < kCacheLine;
+
 /* Fetches what is read next, row after row in the order of memory, which is what the hardware's own
  * prefetchers follow; strips by themselves go from row to row. */
 template <class T, int Arrays> struct Ahead {
@@ -240,14 +246,18 @@ template <class T, class Source, class Weigh> struct ColumnGradientTerms {
   }
 };
 
-/* Add a strip, Vectors vectors wide from place c on, of rows [row, row + rows). */
+/* Rows that are summed side by side: row, row + gap, ..., so many. */
+struct Rows {
+  ptrdiff_t row, count, gap;
+};
+
+/* Add a strip of rows, Vectors vectors wide from place c on. */
 template <int Vectors, bool Whole, class Terms>
-BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t c, int k,
-                             ptrdiff_t places, typename Terms::Fetched* ahead, double* first,
-                             double* second) {
+BNCORE_INLINE void add_strip(const Terms& terms, Rows rows, ptrdiff_t c, int k, ptrdiff_t places,
+                             typename Terms::Fetched* ahead, double* first, double* second) {
   Wide one[Vectors] = {}, two[Vectors] = {};
-  for (ptrdiff_t r = row; r < row + rows; ++r) {
-    if (Vectors == kStripVectors) ahead->step(places);
+  for (ptrdiff_t i = 0, r = rows.row; i < rows.count; ++i, r += rows.gap) {
+    if (!kFarApart && Vectors == kStripVectors) ahead->step(places);
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const Product p = terms.template at<Whole>(r, c + v * kWide, k);
@@ -263,32 +273,37 @@ BNCORE_INLINE void add_strip(const Terms& terms, ptrdiff_t row, ptrdiff_t rows, 
   }
 }
 
-/* Add some rows of `places` places to first[c] and second[c]. The terms are taken by value: no
- * store can be thought to change them. */
+/* Add rows of `places` places to first[c] and second[c]. The terms are taken by value: no store can
+ * be thought to change them. */
 template <class Terms>
-inline void add_strips(const Terms terms, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t places,
-                       ptrdiff_t rows_ahead, double* first, double* second) {
+inline void add_strips(const Terms terms, Rows rows, ptrdiff_t places, ptrdiff_t rows_ahead,
+                       double* first, double* second) {
   constexpr ptrdiff_t wide = kStripVectors * kWide;
-  typename Terms::Fetched ahead = terms.ahead(row + rows_ahead);
+  typename Terms::Fetched ahead = terms.ahead(rows.row + rows_ahead);
   ptrdiff_t c = 0;
   for (; c + wide <= places; c += wide)
-    add_strip<kStripVectors, true>(terms, row, rows, c, kWide, places, &ahead, first, second);
+    add_strip<kStripVectors, true>(terms, rows, c, kWide, places, &ahead, first, second);
   for (; c + kWide <= places; c += kWide)
-    add_strip<1, true>(terms, row, rows, c, kWide, places, &ahead, first, second);
+    add_strip<1, true>(terms, rows, c, kWide, places, &ahead, first, second);
   if (c < places)
-    add_strip<1, false>(terms, row, rows, c, static_cast<int>(places - c), places, &ahead, first,
+    add_strip<1, false>(terms, rows, c, static_cast<int>(places - c), places, &ahead, first,
                         second);
 }
 
 /* Add `rows` rows of `places` places to first[c] and second[c]. `strip` at a time are read side by
- * side and summed in registers before the accumulators in memory are touched. */
+ * side and summed in registers before the accumulators in memory are touched. Far apart they are so
+ * by an odd number, as rows a power of two apart fall into the same places of a cache. */
 template <class Terms>
 inline void add_columns(const Terms& terms, ptrdiff_t rows, ptrdiff_t places, ptrdiff_t strip,
                         double* first, double* second) {
   const ptrdiff_t rows_ahead = (Terms::Fetched::kElements / places / strip + 1) * strip;
-  for (ptrdiff_t row = 0; row < rows; row += strip)
-    add_strips(terms, row, row + strip < rows ? strip : rows - row, places, rows_ahead, first,
-               second);
+  const auto add = [&](ptrdiff_t row, ptrdiff_t count, ptrdiff_t gap) {
+    add_strips(terms, {row, count, gap}, places, rows_ahead, first, second);
+  };
+  const ptrdiff_t gap = kFarApart && rows >= strip ? (rows / strip - 1) | 1 : 0;
+  for (ptrdiff_t row = 0; row < gap; ++row) add(row, strip, gap);
+  for (ptrdiff_t row = gap * strip; row < rows; row += strip)
+    add(row, row + strip < rows ? strip : rows - row, 1);
 }
 
 } // namespace bncore
