@@ -135,14 +135,15 @@ inline ptrdiff_t cell_of(const Grid& grid, ptrdiff_t itemsize, ptrdiff_t most) {
 
 /* How lines of columns are summed: lines side by side spare the accumulators in memory, but each is
  * a stream of its own, and of those that come from memory a core follows few. Where they are far
- * apart they are long, so that each goes on where its last line ended. */
+ * apart they are long, so that each goes on where its last line ended, unless that would leave a
+ * small tensor without groups for all threads. */
 struct Strips {
   ptrdiff_t line, lines; // places at most, and how many side by side
 
   static Strips of(ptrdiff_t places, ptrdiff_t itemsize, ptrdiff_t bytes, Purpose purpose) {
-    constexpr ptrdiff_t cached = 48 << 20, run = 2048, few = 4;
+    constexpr ptrdiff_t small = 1 << 20, cached = 48 << 20, run = 2048, few = 4;
     const bool is_short = purpose.weighted || itemsize == 8;
-    if (kFarApart) return {is_short ? kSumLine : kLongSumLine, few};
+    if (kFarApart) return {is_short || bytes <= small ? kSumLine : kLongSumLine, few};
     if (purpose.arrays == 1) return {kSumLine, 8};
     if (is_short || 2 * bytes <= cached) return {kSumLine, few};
     const ptrdiff_t line = places < kLongSumLine ? places : kLongSumLine;
