@@ -163,23 +163,28 @@ def sample_weight(
 ) -> np.ndarray | None:
     """Weights over the positions as float64, none negative, or None.
 
-    Where a checked mask ``valid`` is False they are not looked at, and 0.
+    Where a checked mask ``valid`` is False they are not looked at, and 0. They may be the caller's
+    own array, or broadcast, and so are not to be written to.
     """
     if value is None:
         return None
     array = positions(value, "sample_weight", x, axes)
     if name_of(array.dtype) not in FLOAT_NAMES and array.dtype.kind not in "biu":
         raise TypeError(f"sample_weight must be an array of real numbers, got {array.dtype}")
-    array = array.astype(np.float64)
+    given = array
+    if 0 in array.strides:  # broadcast
+        given = array[tuple([slice(None if stride else 1) for stride in array.strides])]
+    weights = given.astype(np.float64, copy=False)
     if valid is not None:
-        array[~valid] = 0
+        weights = np.where(valid, weights, 0.0)
     # Sums of weights, and of them times squares, stay far within float64's range.
-    wrong = ~((array == 0) | ((array >= 2.0**-300) & (array <= 2.0**300)))
-    if wrong.any():
-        raise ValueError(
-            f"sample_weight must be 0 or between 2^-300 and 2^300, got {array[wrong][0]}"
-        )
-    return array
+    if weights.size and not 2.0**-300 <= weights.min() <= weights.max() <= 2.0**300:
+        wrong = ~((weights == 0) | ((weights >= 2.0**-300) & (weights <= 2.0**300)))
+        if wrong.any():
+            raise ValueError(
+                f"sample_weight must be 0 or between 2^-300 and 2^300, got {weights[wrong][0]}"
+            )
+    return weights if weights.shape == array.shape else np.broadcast_to(weights, array.shape)
 
 
 def wanted(wrt, known: tuple[str, ...], default: tuple[str, ...], out) -> tuple[str, ...]:

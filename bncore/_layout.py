@@ -69,9 +69,17 @@ def from_kernel(kernel_array: np.ndarray, layout: Layout, shape: tuple[int, ...]
 
 
 def positions_to_kernel(positions: np.ndarray, layout: Layout) -> np.ndarray:
-    """An array over x's axes with channel axes of length 1, as contiguous ``(N, S)``."""
+    """An array over x's axes with channel axes of length 1, as contiguous ``(N, S)``.
+
+    It is ``(N, 1)`` where the array was broadcast over all inner axes.
+    """
+    ordered = positions.transpose(layout.order)
     n, _, s = layout.shape
-    return dense(positions.transpose(layout.order), positions.dtype).reshape(n, s)
+    begin = layout.split[1]
+    if s > 1 and not any(ordered.strides[begin:]):
+        ordered = ordered[(..., *[slice(1)] * (ordered.ndim - begin))]
+        s = 1
+    return dense(ordered, positions.dtype).reshape(n, s)
 
 
 def gate_bytes(shape: tuple[int, int, int]) -> int:

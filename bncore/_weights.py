@@ -6,11 +6,15 @@ masked: it has neither y nor gradient then.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from bncore import _layout
+
+RUN = 1024
+"""Elements in a run of lines, on average, from which on these are taken run by run."""
 
 
 class Weights(NamedTuple):
@@ -20,7 +24,13 @@ class Weights(NamedTuple):
     ----------
     values : (N, S) ndarray of int8 or float64
         A mask: -1 where a position counts, else 0. Or weights, scaled by a power of two lest
-        squares times weights overflow, and negative where a position is masked.
+        squares times weights overflow, and negative where a position is masked. Broadcast over S
+        where all positions of one n are alike; not to be written to.
+    masking : bool
+        Whether any position is masked.
+    in_runs : bool
+        Whether whole n are, of which so many follow one another that it is worth to take them
+        together.
     total : float
         Sum of the weights above 0, 1 each for a mask.
     first_used : int
@@ -30,6 +40,8 @@ class Weights(NamedTuple):
     """
 
     values: np.ndarray
+    masking: bool
+    in_runs: bool
     total: float
     first_used: int
     unit: float
@@ -47,7 +59,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
-    """Checked arguments as `Weights`; None where there are none.
+    """Checked arguments as `Weights`; None where all positions count, and count 1.
 
     Parameters
     ----------
@@ -58,22 +70,34 @@ def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
     layout : Layout
     """
     valid = None if mask is None else _layout.positions_to_kernel(mask, layout)
-    if sample_weight is None:
-        if valid is None:
-            return None
-        return Weights(-valid.view(np.int8), float(np.count_nonzero(valid)), _first(valid), 1.0)
-    values = _layout.positions_to_kernel(sample_weight, layout)
-    unit = _power_of_two(values.max(initial=0.0))
-    values = values / unit
-    if valid is not None:
-        values[~valid] = -1.0
-    used = values > 0
-    # Summed without gaps: NumPy's pairwise sums, and so their accuracy, end at each.
-    return Weights(values, float(values[used].sum()), _first(used), unit)
+    if valid is not None and valid.all():
+        valid = None
+    if sample_weight is not None:
+        weights = _layout.positions_to_kernel(sample_weight, layout)
+        unit = _power_of_two(weights.max(initial=0.0))
+        values = weights / unit if valid is None else np.where(valid, weights / unit, -1.0)
+        used = values > 0
+        # Summed without gaps: NumPy's pairwise sums, and so their accuracy, end at each.
+        total = float((values if used.all() else values[used]).sum())
+    elif valid is not None:
+        values, used, unit = -valid.view(np.int8), valid, 1.0
+        total = float(np.count_nonzero(valid))
+    else:
+        return None
+    n, _, s = layout.shape
+    in_runs = valid is not None and _in_runs(valid, layout)
+    first_used = int(used.argmax()) if used.size else 0
+    if values.shape != (n, s):  # one for each n
+        values, total, first_used = np.broadcast_to(values, (n, s)), total * s, first_used * s
+    return Weights(values, valid is not None, in_runs, total, first_used, unit)
 
 
-def _first(used: np.ndarray) -> int:
-    return int(used.argmax()) if used.size else 0
+def _in_runs(valid, layout) -> bool:
+    """See `Weights`; of a mask (N, S) or (N, 1)."""
+    if valid.shape[1] != 1 or math.prod(layout.shape) < RUN:
+        return False
+    runs = 1 + int(np.count_nonzero(valid[1:] != valid[:-1]))
+    return runs * RUN <= math.prod(layout.shape)
 
 
 def _power_of_two(number: float) -> float:

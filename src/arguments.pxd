@@ -225,7 +225,8 @@ cdef inline Weights equal_weights(const Shape& shape) noexcept nogil:
     cdef Weights weights
     weights.values = NULL
     weights.mask = NULL
-    weights.n_stride = weights.first_used = 0
+    weights.n_stride = weights.s_stride = weights.first_used = 0
+    weights.masking = weights.in_runs = False
     weights.total = <double> (shape.outer * shape.inner)
     return weights
 
@@ -235,13 +236,15 @@ cdef inline Weights weights_of(object given, const Shape& shape) except *:
     cdef Weights weights = equal_weights(shape)
     if given is None:
         return weights
-    values, weights.total, weights.first_used, _ = given
+    values, weights.masking, weights.in_runs, weights.total, weights.first_used, _ = given
     cdef cnp.ndarray array = <cnp.ndarray?> values
     if cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
         weights.values = <const double*> cnp.PyArray_DATA(array)
     else:
         weights.mask = <const int8_t*> cnp.PyArray_DATA(array)
-    weights.n_stride = shape.inner
+    cdef ptrdiff_t size = cnp.PyArray_ITEMSIZE(array)
+    weights.n_stride = cnp.PyArray_STRIDE(array, 0) // size
+    weights.s_stride = cnp.PyArray_STRIDE(array, 1) // size if shape.inner > 1 else 0
     return weights
 
 

@@ -29,8 +29,8 @@ inline void write_lines(const Grid& grid, const CoefficientTable<T>& table, cons
                                            Writer::kStream ? seams->of(grid, t) : nullptr);
 }
 
-/* Write every line of a cell of columns; where they run on, each up to the first cache line that
- * begins in the next. */
+/* Write lines [t, end) of columns; where they run on, each up to the first cache line that begins
+ * in the next. */
 template <class T, class Writer>
 inline void write_columns(const Grid& grid, const CoefficientTable<T>& table, const Writer& writer,
                           ptrdiff_t group, ptrdiff_t t, ptrdiff_t end, Seams<T>* seams) {
@@ -43,6 +43,14 @@ inline void write_columns(const Grid& grid, const CoefficientTable<T>& table, co
   }
 }
 
+/* Write 0 to lines [t, end) of columns. */
+template <class T>
+inline void clear_columns(const Grid& grid, View<T> out, ptrdiff_t group, ptrdiff_t t,
+                          ptrdiff_t end) {
+  const ptrdiff_t first = grid.first_channel(group), channels = grid.last_channel(group) - first;
+  for (; t < end; ++t) std::memset(out.at(t, first), 0, channels * grid.inner * sizeof(T));
+}
+
 /* Write every row or line of one cell. */
 template <class T, class Writer>
 inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
@@ -51,7 +59,11 @@ inline void write_cell(const Grid& grid, ptrdiff_t group, ptrdiff_t block,
   const ptrdiff_t first = grid.first_channel(group), last = grid.last_channel(group);
   const ptrdiff_t end = grid.first_position(block + 1);
   ptrdiff_t t = grid.first_position(block);
-  if (grid.columns) return write_columns(grid, table, writer, group, t, end, seams);
+  for (Run run; grid.columns && t < end; t = run.end) {
+    run = writer.weights.run(t, end);
+    if (run.counts) write_columns(grid, table, writer, group, t, run.end, seams);
+    else clear_columns(grid, writer.out, group, t, run.end);
+  }
   for (; t < end; ++t) {
     const Piece piece = Piece::at(grid, t);
     const auto weigh = writer.weights.row(piece.n, piece.s);
@@ -235,7 +247,7 @@ inline void normalize_with(const Work& work, const CoefficientTable<T>& table,
                     input.x, input.residual, y, activation, gate, bits, weights});
 }
 
-/* y of one cell where every position counts. */
+/* y of one cell; masked, if at all, by lines of columns. */
 template <class T, class Work>
 BNCORE_OWN_FRAME void normalize_work(const Work& work, const ForwardInput<T>& input, View<T> y,
                                      const NormalizeParameters& p, bool stream) {
@@ -244,7 +256,8 @@ BNCORE_OWN_FRAME void normalize_work(const Work& work, const ForwardInput<T>& in
   const int activation = input.epilogue.activation;
   const bool plain = !input.residual.data && activation == 0;
   const bool scaled = fill_normalize<T>(work.grid, p, work.group, !plain, &table);
-  const auto with = [&](auto normalize) { normalize(work, table, input, Every(), y, stream); };
+  const Every lines = input.weights.lines(work.grid.columns);
+  const auto with = [&](auto normalize) { normalize(work, table, input, lines, y, stream); };
   if (plain) {
     if (scaled) with(normalize_with<T, Identity<T>, false, true, Every, Work>);
     else with(normalize_with<T, Identity<T>, false, false, Every, Work>);
@@ -259,10 +272,10 @@ BNCORE_OWN_FRAME void normalize_work(const Work& work, const ForwardInput<T>& in
   }
 }
 
-/* y of one cell with weights. */
+/* y of one cell, each position of which may be masked. */
 template <class T>
-BNCORE_OWN_FRAME void normalize_weighted(const JustWrite<T>& work, const ForwardInput<T>& input,
-                                         View<T> y, const NormalizeParameters& p, bool stream) {
+BNCORE_OWN_FRAME void normalize_masked(const JustWrite<T>& work, const ForwardInput<T>& input,
+                                       View<T> y, const NormalizeParameters& p, bool stream) {
   CoefficientTable<T> table(work.grid, start_of(work.grid, y, work.group, work.block));
   fill_normalize<T>(work.grid, p, work.group, true, &table);
   input.weights.visit_some([&](auto weights) {
@@ -278,7 +291,8 @@ inline void normalize_block(const Grid& grid, const ForwardInput<T>& input, View
                             const NormalizeParameters& p, bool stream, ptrdiff_t group,
                             ptrdiff_t block, Seams<T>* seams) {
   const JustWrite<T> work = {grid, group, block, seams};
-  if (input.weights.any()) normalize_weighted(work, input, y, p, stream);
+  if (input.weights.masking && !input.weights.by_line(grid.columns))
+    normalize_masked(work, input, y, p, stream);
   else normalize_work(work, input.again(grid, group), y, p, stream);
 }
 
@@ -356,10 +370,10 @@ template <class T> struct BackwardInput {
   }
   /* Calls visit with where dz of one group comes from, and with the weights of its positions. */
   template <class Visit>
-  void visit_all(const Grid& grid, const GradientParameters& p, ptrdiff_t group,
-                 const Visit& visit_both) const {
-    const bool below = !weights.any() && gates_below(grid, p, group);
-    weights.visit([&](auto positions) {
+  void visit_all(const Weights& its_weights, const Grid& grid, const GradientParameters& p,
+                 ptrdiff_t group, const Visit& visit_both) const {
+    const bool below = gates_below(grid, p, group);
+    its_weights.visit(grid.columns, [&](auto positions) {
       visit<decltype(positions)::kAny>(grid, below, [&](const auto& from) {
         visit_both(from, positions);
       });
@@ -401,7 +415,7 @@ inline void reduce_block(const Grid& grid, const BackwardInput<T>& input,
     sum_block<T>(grid, terms, group, block, partial);
   };
   if (input.is_output()) sum(OutputGradient<T>(input.dy, input.epilogue), EveryPosition());
-  else input.visit_all(grid, p, group, sum);
+  else input.visit_all(input.weights.just_masks(), grid, p, group, sum);
 }
 
 /* dz of one cell. */
@@ -419,10 +433,10 @@ BNCORE_OWN_FRAME void gate_block(const Grid& grid, const BackwardInput<T>& input
   };
   if (!input.residual.data || input.epilogue.activation == 0) {
     if (input.by_interval()) fill_gates(grid, p, group, &table);
-    return input.visit_all(grid, p, group, write);
+    return input.visit_all(input.weights.just_masks(), grid, p, group, write);
   }
   fill_normalize(grid, p, group, true, &table);
-  input.weights.visit([&](auto positions) {
+  input.weights.just_masks().visit(grid.columns, [&](auto positions) {
     const Gate<T> gate(input.epilogue);
     write(LatentGradient<T>{input.dy, input.x, input.residual, gate}, positions);
   });
@@ -459,7 +473,7 @@ inline void gradient_block(const Grid& grid, const BackwardInput<T>& first_input
                   stream);
   };
   if (input.is_output()) write(OutputGradient<T>(input.dy, input.epilogue), EveryPosition());
-  else input.visit_all(grid, p, group, write);
+  else input.visit_all(input.weights, grid, p, group, write);
 }
 
 /* dx of one cell, and the gradient's sums of the same cell of group `next`; no weights, and the

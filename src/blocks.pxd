@@ -27,7 +27,8 @@ cdef extern from "blocks.h" namespace "bncore" nogil:
     cppclass Weights:
         const double* values
         const int8_t* mask
-        ptrdiff_t n_stride
+        ptrdiff_t n_stride, s_stride
+        bint masking, in_runs
         double total
         ptrdiff_t first_used
         bint any()

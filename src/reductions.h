@@ -298,26 +298,41 @@ BNCORE_OWN_FRAME void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_
   constexpr ptrdiff_t rows_spread = sizeof(typename Terms::Positions::Value) == 1 ? 16 : 4;
   Spread<typename Terms::Positions, rows_spread, kSumLine> spread;
   alignas(kVectorBytes) double constants[2][kLongSumLine + kPad], line[2][kLongSumLine + kPad];
+  alignas(kVectorBytes) double rest[2][kPacked / 2 + kPad]; // of lines that make no tile
   terms.lines(grid, first, last, constants[0], constants[1]);
   const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
+  const auto add = [&](ptrdiff_t n, ptrdiff_t lines, ptrdiff_t tile, double* one, double* two) {
+    for (ptrdiff_t rows; lines > 0; lines -= rows, n += rows * tile) {
+      rows = clamp(lines, 1, spread.rows_at_once(terms.weights, tile));
+      const auto weights = spread.lines(terms.weights, {n, rows, tile, channels, grid.inner});
+      add_columns(terms.column(n, first, tile, constants[0], constants[1], weights), rows,
+                  tile * channels * grid.inner, grid.strip, one, two);
+    }
+  };
+  const auto clear = [&](ptrdiff_t tile, double* one, double* two) {
+    for (double* its_line : {one, two})
+      std::memset(its_line, 0, (tile * channels * grid.inner + kPad) * sizeof(double));
+  };
+  const auto fold = [&](ptrdiff_t tile, double* one, double* two) {
+    fold_line<T>(grid, first, last, tile, one, sums.first, sums.first_lo);
+    fold_line<T>(grid, first, last, tile, two, sums.second, sums.second_lo);
+  };
   ptrdiff_t n = grid.first_position(block);
   while (n < end) {
-    /* Whole tiles first, then what is left line by line. */
     const ptrdiff_t tile = grid.tile <= end - n ? grid.tile : 1;
-    const ptrdiff_t places = tile * channels * grid.inner;
-    const ptrdiff_t lines = clamp((end - n) / tile, 1, chain);
-    std::memset(line[0], 0, (places + kPad) * sizeof(double));
-    std::memset(line[1], 0, (places + kPad) * sizeof(double));
-    for (ptrdiff_t i = 0, rows; i < lines; i += rows) {
-      rows = clamp(lines - i, 1, spread.rows_at_once(tile, grid.inner));
-      const ptrdiff_t at = n + i * tile;
-      const auto weights = spread.lines(terms.weights, {at, rows, tile, channels, grid.inner});
-      add_columns(terms.column(at, first, tile, constants[0], constants[1], weights), rows, places,
-                  grid.strip, line[0], line[1]);
+    clear(tile, line[0], line[1]);
+    if (tile > 1) clear(1, rest[0], rest[1]);
+    for (ptrdiff_t room = chain, lines; n < end && room > 0; room -= lines) {
+      /* Of each run whole tiles first, then what is left line by line. */
+      const Run run = terms.weights.run(n, end);
+      const ptrdiff_t length = run.end - n;
+      const bool whole = tile <= length;
+      lines = !run.counts ? 0 : clamp(whole ? length / tile : length, 1, room);
+      add(n, lines, whole ? tile : 1, whole ? line[0] : rest[0], whole ? line[1] : rest[1]);
+      n = run.counts ? n + lines * (whole ? tile : 1) : run.end;
     }
-    fold_line<T>(grid, first, last, tile, line[0], sums.first, sums.first_lo);
-    fold_line<T>(grid, first, last, tile, line[1], sums.second, sums.second_lo);
-    n += lines * tile;
+    fold(tile, line[0], line[1]);
+    if (tile > 1) fold(1, rest[0], rest[1]);
   }
 }
 
@@ -337,7 +352,7 @@ inline void moments_block(const Grid& grid, View<const T> x, const Weights& weig
                           const double* shift, ptrdiff_t group, ptrdiff_t block, double* partial,
                           T* keep) {
   const auto kept = Kept<T>::of(grid, keep, group);
-  weights.visit([&](auto positions) {
+  weights.visit(grid.columns, [&](auto positions) {
     const MomentTerms<T, false, decltype(positions)> terms = {x, shift, nullptr, positions, kept};
     sum_block<T>(grid, terms, group, block, partial);
   });
@@ -410,7 +425,7 @@ inline void rescale(const Grid& grid, View<const T> x, const Weights& weights, d
   }
   if (ordinary) return;
   for (ptrdiff_t c = first; c < last; ++c) shift[c] *= unit[c];
-  weights.visit([&](auto positions) {
+  weights.visit(grid.columns, [&](auto positions) {
     const MomentTerms<T, true, decltype(positions)> terms = {x, shift, unit, positions, {}};
     for (ptrdiff_t block = 0; block < grid.blocks; ++block)
       sum_block<T>(grid, terms, group, block, partial);
@@ -428,7 +443,7 @@ inline void centre_again(const Grid& grid, View<const T> x, const Weights& weigh
   const View<const T> channel = {x.data + c * x.c_stride, x.n_stride, x.c_stride};
   double again[4] = {};
   const SumTable total = {&again[0], &again[1], &again[2], &again[3]};
-  weights.visit([&](auto positions) {
+  weights.visit(grid.columns, [&](auto positions) {
     const MomentTerms<T, Scaled, decltype(positions)> terms = {
         channel, &near, &unit, positions, {}};
     for (ptrdiff_t block = 0; block < grid.blocks; ++block) {

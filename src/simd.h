@@ -203,6 +203,20 @@ inline HalfFloats low_half(Floats v) {
 }
 inline Wide low_half(Wide v) { return v; }
 
+/* kFloats from two halves, in registers: put together in memory they could not be read before both
+ * had been written. */
+inline Floats joined(HalfFloats low, HalfFloats high) {
+#if defined(__AVX512VL__) && defined(__AVX512DQ__)
+  return (Floats)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_set_m128((__m128)high, (__m128)low);
+#else
+  Floats both;
+  for (int i = 0; i < kWide; ++i) both[i] = low[i], both[kWide + i] = high[i];
+  return both;
+#endif
+}
+
 template <class T>
 inline void stream_vector(T* p, Floats v) {
 #if defined(__AVX512F__) && defined(__AVX512VL__)
@@ -562,10 +576,9 @@ inline V load_doubles(const double* p, int k) {
   if constexpr (std::is_same_v<V, Wide>) return load_wide<Whole>(p, k);
   else if constexpr (std::is_same_v<V, HalfFloats>) return to_floats(load_wide<Whole>(p, k));
   else {
-    HalfFloats halves[2] = {};
-    halves[0] = to_floats(load_wide<Whole>(p, k < kWide ? k : kWide));
-    if (Whole || k > kWide) halves[1] = to_floats(load_wide<Whole>(p + kWide, k - kWide));
-    return load_unaligned<V>(halves);
+    HalfFloats low = to_floats(load_wide<Whole>(p, k < kWide ? k : kWide)), high = {};
+    if (Whole || k > kWide) high = to_floats(load_wide<Whole>(p + kWide, k - kWide));
+    return joined(low, high);
   }
 }
 

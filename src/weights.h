@@ -75,20 +75,38 @@ template <> struct Lines<Unweighted> {
   Unweighted row(ptrdiff_t) const { return {}; }
 };
 
+/* Lines [begin, end) of columns, which all count or are all masked. */
+struct Run {
+  ptrdiff_t begin, end;
+  bool counts;
+};
+
 /* Where the weights of a row come from. */
 struct EveryPosition {
   typedef char Value;
   static constexpr bool kAny = false;
+  const int8_t* lines = nullptr; // a mask of whole lines of columns; null: all count
+
   Unweighted row(ptrdiff_t, ptrdiff_t) const { return {}; }
+  Run run(ptrdiff_t n, ptrdiff_t end) const {
+    if (!lines) return {n, end, true};
+    const int8_t its = lines[n];
+    const void* other = std::memchr(lines + n, its ? 0 : -1, end - n);
+    return {n, other ? static_cast<const int8_t*>(other) - lines : end, its != 0};
+  }
 };
 
 template <class V, class Weigh> struct SomePositions {
   typedef V Value;
   static constexpr bool kAny = true;
   const Value* data;
-  ptrdiff_t n_stride;
+  ptrdiff_t n_stride, s_stride; // s_stride: 1, or 0 where all positions of one n weigh the same
 
-  Weigh row(ptrdiff_t n, ptrdiff_t s) const { return {data + n * n_stride + s, false}; }
+  bool equal() const { return s_stride == 0; }
+  Run run(ptrdiff_t n, ptrdiff_t end) const { return {n, end, true}; }
+  Weigh row(ptrdiff_t n, ptrdiff_t s) const {
+    return {data + n * n_stride + s * s_stride, equal()};
+  }
 };
 typedef SomePositions<int8_t, Mask> MaskedPositions;
 typedef SomePositions<double, Weighting> WeightedPositions;
@@ -100,11 +118,11 @@ struct LinesAt {
 };
 
 /* Room to spread the weights of up to Rows lines of at most Places places over those: a position's
- * weight once for each of its channels. A line of a single position needs none. */
+ * weight once for each of its channels. A line of one weight needs none. */
 template <class Positions, ptrdiff_t Rows, ptrdiff_t Places> struct Spread;
 
 template <ptrdiff_t Rows, ptrdiff_t Places> struct Spread<EveryPosition, Rows, Places> {
-  static ptrdiff_t rows_at_once(ptrdiff_t, ptrdiff_t) { return PTRDIFF_MAX; }
+  static ptrdiff_t rows_at_once(EveryPosition, ptrdiff_t) { return PTRDIFF_MAX; }
   Lines<Unweighted> lines(EveryPosition, LinesAt) { return {}; }
 };
 
@@ -114,42 +132,55 @@ struct Spread<SomePositions<Value, Weigh>, Rows, Places> {
   typedef Value Splat __attribute__((vector_size(16)));
   Value values[Rows * Places + kSplat];
 
-  static ptrdiff_t rows_at_once(ptrdiff_t tile, ptrdiff_t inner) {
-    return tile == 1 && inner == 1 ? PTRDIFF_MAX : Rows;
+  static ptrdiff_t rows_at_once(SomePositions<Value, Weigh> from, ptrdiff_t tile) {
+    return tile == 1 && from.equal() ? PTRDIFF_MAX : Rows;
   }
   Lines<Weigh> lines(SomePositions<Value, Weigh> from, LinesAt at) {
-    const Value* w = from.data + at.n * at.inner;
-    if (at.tile == 1 && at.inner == 1) return {w, 1, true};
+    const Value* w = from.data + at.n * from.n_stride;
+    if (at.tile == 1 && from.equal()) return {w, from.n_stride, true};
+    const ptrdiff_t places = at.channels * at.inner;
     Value* to = values;
-    for (ptrdiff_t i = at.lines * at.tile; i > 0; --i, w += at.inner) {
-      /* A vector may reach beyond the last channel: what follows is written next. */
-      for (ptrdiff_t c = 0; at.inner == 1 && c < at.channels; c += kSplat)
-        store_unaligned(to + c, *w - Splat{});
-      for (ptrdiff_t c = 0; at.inner > 1 && c < at.channels; ++c)
-        std::memcpy(to + c * at.inner, w, at.inner * sizeof(Value));
-      to += at.channels * at.inner;
+    for (ptrdiff_t i = at.lines * at.tile; i > 0; --i, w += from.n_stride, to += places) {
+      /* A vector may reach beyond the last place: what follows is written next. */
+      for (ptrdiff_t p = 0; from.equal() && p < places; p += kSplat)
+        store_unaligned(to + p, *w - Splat{});
+      for (ptrdiff_t p = 0; !from.equal() && p < places; p += at.inner)
+        std::memcpy(to + p, w, at.inner * sizeof(Value));
     }
-    return {values, at.tile * at.channels * at.inner, false};
+    return {values, at.tile * places, false};
   }
 };
 
-/* The weights of a whole tensor: w[n, s] = data[n * n_stride + s], with S = 1 in columns. */
+/* The weights of a whole tensor: w[n, s] = data[n * n_stride + s * s_stride], with strides as in
+ * SomePositions. */
 struct Weights {
   const double* values; // both null: all weights are 1
   const int8_t* mask;
-  ptrdiff_t n_stride;
+  ptrdiff_t n_stride, s_stride;
+  bool masking;         // whether positions are masked
+  bool in_runs;         // whether whole rows or lines are, many after one another
   double total;         // W, or the number of positions
   ptrdiff_t first_used; // the first position n * S + s that counts
 
   bool any() const { return values || mask; }
-  /* Calls visit with what gives them; visit_some only where there are any. */
-  template <class Visit> void visit_some(const Visit& visit) const {
-    if (mask) visit(MaskedPositions{mask, n_stride});
-    else visit(WeightedPositions{values, n_stride});
+  /* What is left of them where only masks matter. */
+  Weights just_masks() const {
+    Weights weights = *this;
+    if (!masking) weights.values = nullptr, weights.mask = nullptr;
+    return weights;
   }
-  template <class Visit> void visit(const Visit& visit) const {
-    if (any()) visit_some(visit);
-    else visit(EveryPosition());
+  /* Whether lines of columns are taken run by run, as there is nothing but a mask of them. */
+  bool by_line(bool columns) const { return columns && mask && in_runs; }
+  EveryPosition lines(bool columns) const { return {by_line(columns) ? mask : nullptr}; }
+
+  /* Calls visit with what gives them; visit_some only where a position has a weight of its own. */
+  template <class Visit> void visit_some(const Visit& visit) const {
+    if (mask) visit(MaskedPositions{mask, n_stride, s_stride});
+    else visit(WeightedPositions{values, n_stride, s_stride});
+  }
+  template <class Visit> void visit(bool columns, const Visit& visit) const {
+    if (any() && !by_line(columns)) visit_some(visit);
+    else visit(lines(columns));
   }
 };
 

@@ -62,7 +62,7 @@ def test_forward_and_backward(shape, weighted, ratio):
     x, dy, gamma, beta = normal(1, shape) + ratio, normal(2, shape), normal(3, c), normal(4, c)
     weight = np.random.default_rng(5).random((n, s)) if weighted else None
     wide = None if weight is None else weight[:, None]
-    weights = None if weight is None else Weights(weight, weight.sum(), 0, 1.0)
+    weights = None if weight is None else Weights(weight, False, False, weight.sum(), 0, 1.0)
     exact = oracle.forward(x, gamma, beta, weight=wide)
     gradient = oracle.backward(dy, x, gamma, beta, weight=wide)
     y, dx, stats, sums = np.empty(shape), np.empty(shape), np.empty((4, c)), np.empty((2, c))

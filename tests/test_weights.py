@@ -253,6 +253,77 @@ def test_every_way_through_the_kernels(backend, shape, layout, dtype):
         assert (actual[~where] == 0).all()
 
 
+WHOLE = {
+    "in runs": lambda n: np.arange(n) % 37 < 28,
+    "the first": lambda n: np.arange(n) >= n // 3,
+    "the last": lambda n: np.arange(n) <= n - n // 3,
+    "every other": lambda n: np.arange(n) % 2 == 0,
+}
+"""Masks of whole samples or lines: which of n count."""
+
+
+@pytest.mark.parametrize("masked", WHOLE)
+@pytest.mark.parametrize(
+    ("activation", "added"), [(None, False), ("relu", False), ("relu", True)], ids=str
+)
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize("shape", [*WAYS, (3000, 40), (9000, 150)], ids=str)
+def test_whole_samples_or_lines_masked(backend, shape, layout, activation, added, masked):
+    """Of rows samples are masked, of columns lines; on any number of threads to the same bits."""
+    x, dy, gamma, beta = arguments(shape, 1, np.float32, layout)
+    positions = (shape[0], *shape[2:]) if layout == "channels_last" else shape[:1]
+    mask = WHOLE[masked](np.prod(positions)).reshape(positions)
+    mask = np.expand_dims(mask, 1) if mask.ndim > 1 else mask.reshape(-1, *[1] * (len(shape) - 1))
+    where = np.broadcast_to(mask, shape)
+    # Beside a residual the activation's gates are kept as bits, else they are intervals of x.
+    residual = in_layout(normal(5, shape, x.dtype), layout) if added else None
+    keywords = {"residual": residual, "activation": activation}
+    exact = torch_oracle.batch_norm(
+        x, np.where(where, dy, 0), gamma, beta, weight=full(mask, x, 1).astype(float), **keywords
+    )
+    for array in (x, dy) if residual is None else (x, dy, residual):
+        array[~where] = np.nan
+    results = []
+    for number in (1, 2, 3):
+        bncore.set_num_threads(number)
+        y, saved = bncore.batch_norm(x, gamma, beta, mask=mask, **keywords)
+        g = bncore.batch_norm_backward(dy, saved)
+        results.append(bits(y, saved.stats, *[a for a in g if a is not None]))
+    assert results[0] == results[1] == results[2]
+    for name, actual in (("y", y), ("dx", g.dx)):
+        right = np.where(where, getattr(exact, name), 0)
+        # Where z is near 0 rounding may take the gradient to the other side.
+        gated = (activation is not None) & (name == "dx") & (np.abs(exact.y) < 4e-5)
+        np.testing.assert_allclose(
+            np.where(gated, 0, actual), np.where(gated, 0, right), err_msg=name,
+            rtol=2e-6, atol=2e-6 * abs(right).max(),
+        )  # fmt: skip
+        assert (actual[~where] == 0).all()
+    rest = tuple(axis for axis in range(x.ndim) if axis != 1)
+    mean = x.astype(float).mean(rest, where=where)
+    np.testing.assert_allclose(saved.mean, mean, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", WAYS, ids=str)
+def test_a_weight_for_each_sample_is_that_of_all_its_positions(backend, shape, dtype):
+    x, dy, gamma, beta = arguments(shape, 1, dtype)
+    weight = some_weights(shape[:1]).reshape(-1, *[1] * (len(shape) - 1))
+    every = np.ascontiguousarray(np.broadcast_to(weight, (shape[0], 1, *shape[2:])))
+    mask = weight > 0.5
+    results = []
+    for given in (weight, every):
+        y, saved = bncore.batch_norm(x, gamma, beta, sample_weight=given)
+        masked, _ = bncore.batch_norm(x, gamma, beta, mask=given > 0.5)
+        both, _ = bncore.batch_norm(x, gamma, beta, sample_weight=given, mask=mask)
+        m = bncore.moments(x, sample_weight=given)
+        g = bncore.batch_norm_backward(dy, saved)
+        results.append((y, masked, both, m.count, m.mean, m.m2, g.dx, g.dgamma, g.dbeta))
+    near = 100 * np.finfo(dtype).eps
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=near, atol=near * abs(other).max())
+
+
 @pytest.mark.parametrize("shape", WAYS, ids=str)
 def test_the_number_of_threads_changes_no_bit(backend, shape):
     x, dy, gamma, beta = arguments(shape, 1, np.float32)
