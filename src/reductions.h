@@ -298,41 +298,39 @@ BNCORE_OWN_FRAME void sum_columns(const Grid& grid, const Terms& terms, ptrdiff_
   constexpr ptrdiff_t rows_spread = sizeof(typename Terms::Positions::Value) == 1 ? 16 : 4;
   Spread<typename Terms::Positions, rows_spread, kSumLine> spread;
   alignas(kVectorBytes) double constants[2][kLongSumLine + kPad], line[2][kLongSumLine + kPad];
-  alignas(kVectorBytes) double rest[2][kPacked / 2 + kPad]; // of lines that make no tile
+  constexpr ptrdiff_t rest = kSumLine + kPad; // where lines that make no tile are summed
   terms.lines(grid, first, last, constants[0], constants[1]);
   const ptrdiff_t channels = last - first, end = grid.first_position(block + 1);
-  const auto add = [&](ptrdiff_t n, ptrdiff_t lines, ptrdiff_t tile, double* one, double* two) {
-    for (ptrdiff_t rows; lines > 0; lines -= rows, n += rows * tile) {
-      rows = clamp(lines, 1, spread.rows_at_once(terms.weights, tile));
-      const auto weights = spread.lines(terms.weights, {n, rows, tile, channels, grid.inner});
-      add_columns(terms.column(n, first, tile, constants[0], constants[1], weights), rows,
-                  tile * channels * grid.inner, grid.strip, one, two);
-    }
-  };
-  const auto clear = [&](ptrdiff_t tile, double* one, double* two) {
-    for (double* its_line : {one, two})
+  const auto clear = [&](ptrdiff_t from, ptrdiff_t tile) {
+    for (double* its_line : {line[0] + from, line[1] + from})
       std::memset(its_line, 0, (tile * channels * grid.inner + kPad) * sizeof(double));
   };
-  const auto fold = [&](ptrdiff_t tile, double* one, double* two) {
-    fold_line<T>(grid, first, last, tile, one, sums.first, sums.first_lo);
-    fold_line<T>(grid, first, last, tile, two, sums.second, sums.second_lo);
+  const auto fold = [&](ptrdiff_t from, ptrdiff_t tile) {
+    fold_line<T>(grid, first, last, tile, line[0] + from, sums.first, sums.first_lo);
+    fold_line<T>(grid, first, last, tile, line[1] + from, sums.second, sums.second_lo);
   };
   ptrdiff_t n = grid.first_position(block);
   while (n < end) {
-    const ptrdiff_t tile = grid.tile <= end - n ? grid.tile : 1;
-    clear(tile, line[0], line[1]);
-    if (tile > 1) clear(1, rest[0], rest[1]);
+    const ptrdiff_t widest = grid.tile <= end - n ? grid.tile : 1;
+    clear(0, widest);
+    if (widest > 1) clear(rest, 1);
     for (ptrdiff_t room = chain, lines; n < end && room > 0; room -= lines) {
-      /* Of each run whole tiles first, then what is left line by line. */
       const Run run = terms.weights.run(n, end);
-      const ptrdiff_t length = run.end - n;
-      const bool whole = tile <= length;
-      lines = !run.counts ? 0 : clamp(whole ? length / tile : length, 1, room);
-      add(n, lines, whole ? tile : 1, whole ? line[0] : rest[0], whole ? line[1] : rest[1]);
-      n = run.counts ? n + lines * (whole ? tile : 1) : run.end;
+      /* Of each run whole tiles first, then what is left line by line. */
+      const ptrdiff_t length = run.end - n, tile = widest <= length ? widest : 1;
+      const ptrdiff_t to = tile < widest ? rest : 0;
+      lines = run.counts ? clamp(length / tile, 1, room) : 0;
+      for (ptrdiff_t i = 0, rows; i < lines; i += rows) {
+        rows = clamp(lines - i, 1, spread.rows_at_once(terms.weights, tile));
+        const ptrdiff_t at = n + i * tile;
+        const auto weights = spread.lines(terms.weights, {at, rows, tile, channels, grid.inner});
+        add_columns(terms.column(at, first, tile, constants[0], constants[1], weights), rows,
+                    tile * channels * grid.inner, grid.strip, line[0] + to, line[1] + to);
+      }
+      n = run.counts ? n + lines * tile : run.end;
     }
-    fold(tile, line[0], line[1]);
-    if (tile > 1) fold(1, rest[0], rest[1]);
+    fold(0, widest);
+    if (widest > 1) fold(rest, 1);
   }
 }
 
