@@ -318,7 +318,8 @@ def saved_x(saved):
         raise TypeError(f"saved must come from batch_norm, got {type(saved).__name__}")
     x = getattr(saved, "x", None)
     if x is None:
-        raise ValueError("saved has no x: an earlier pass overwrote it (out=x)")
+        why = "an earlier pass overwrote it (out=x)" if hasattr(saved, "record") else "it is new"
+        raise ValueError(f"saved has no x: {why}")
     _still("x", x, saved.record[7])
     strides = saved.record[12]
     if strides is not None and x.strides != strides:

@@ -195,18 +195,18 @@ class InPlaceBatchNorm(Layer):
 
     def _normalize_fixed(self, x):
         """The call by the running statistics; gamma is looked at when it comes to the gradient."""
-        if self.running_mean is None or self.running_var is None:
-            raise TypeError("running_mean and running_var must be arrays in evaluation, got None")
+        self._check_given_statistics()
         gamma, beta = self._parameters()
         eps = _check.positive(self.eps, "eps")
         with np.errstate(all="ignore"):
             inv_std = 1 / np.sqrt(np.asarray(self.running_var, np.float64) + eps)
+        axes = _check.channel_axes(self.axis, x.ndim)
+        kept = _Kept(x, x.shape, axes, gamma, beta, inv_std, self.activation, False)
         batch_norm_inference(
             x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
             eps=eps, activation=self.activation, out=x,
         )  # fmt: skip
-        axes = _check.channel_axes(self.axis, x.ndim)
-        self._forward = _Kept(x, x.shape, axes, gamma, beta, inv_std, self.activation, False)
+        self._forward = kept
         return x
 
     def _parameters(self):

@@ -209,6 +209,7 @@ class BatchNorm(Layer):
             return self._train_plain(x, residual, epilogue, out)
         if not self.track_running_stats:
             return None
+        call = self.gamma, self.beta, self.axis, self.eps, activation
         plain = _backend.active.normalization.evaluate_plain(
             x, self.running_mean, self.running_var, self.gamma, self.beta, residual, epilogue,
             self.axis, self.eps, out, self._channels, get_num_threads(),
@@ -216,6 +217,7 @@ class BatchNorm(Layer):
         if plain is None:
             return None
         y, self._forward = plain
+        self._call = call
         return y
 
     def _train_plain(self, x, residual, epilogue, out):
@@ -257,10 +259,7 @@ class BatchNorm(Layer):
 
     def _normalize_fixed(self, x, residual, mask, sample_weight, out):
         """The call by the running statistics."""
-        for array, name in ((self.running_mean, "running_mean"), (self.running_var, "running_var")):
-            if type(array) is not np.ndarray:
-                raise TypeError(f"{name} must be an ndarray in evaluation, got {array!r}")
-            _check.per_channel(array, name, self.shape)
+        self._check_given_statistics()
         if mask is not None or sample_weight is not None:
             axes = _check.channel_axes(self.axis, x.ndim)
             mask = None if mask is None else _check.mask(mask, x, axes).copy()
@@ -271,11 +270,12 @@ class BatchNorm(Layer):
             _unless_shared(x, out), _unless_shared(residual, out), residual is not None, mask,
             self.running_mean.copy(), self.running_var.copy(),
         )  # fmt: skip
+        call = self.gamma, self.beta, self.axis, self.eps, self.activation
         y = batch_norm_inference(
             x, self.running_mean, self.running_var, self.gamma, self.beta, axis=self.axis,
             eps=self.eps, activation=self.activation, residual=residual, mask=mask, out=out,
         )  # fmt: skip
-        self._forward = record
+        self._forward, self._call = record, call
         return y
 
     def _fixed_backward(self, dy, record, wrt, out):
@@ -283,14 +283,15 @@ class BatchNorm(Layer):
 
         For a small batch the time to make an object counts: hence a tuple, of x and residual,
         None where a result has overwritten them; whether there was a residual; the mask; and the
-        statistics as they were.
+        statistics as they were. What else the call was made with is in ``_call``.
         """
         x, residual, had_residual, mask, mean, var = record
+        gamma, beta, axis, eps, activation = self._call
         if x is None:
             raise ValueError("backward has no x: an earlier pass overwrote it (out=x)")
         if mask is None and not had_residual:
             plain = fixed_gradients_plain(
-                dy, x, mean, var, self.gamma, self.beta, self.axis, self.eps, self.activation,
+                dy, x, mean, var, gamma, beta, axis, eps, activation,
                 GRADIENTS if wrt is None else wrt, out,
             )  # fmt: skip
             if plain is not None:
@@ -299,14 +300,14 @@ class BatchNorm(Layer):
                     self._forward = (None, *record[1:])
                 return dx, dgamma, dbeta, None
         if had_residual and residual is None:
-            if self.activation is not None:
+            if activation is not None:
                 raise ValueError(
                     "backward has no residual: an earlier pass overwrote it (out=residual)"
                 )
             residual = dy  # any values will do: only an activation would look at them
         g = batch_norm_inference_backward(
-            dy, x, mean, var, self.gamma, self.beta, axis=self.axis, eps=self.eps,
-            activation=self.activation, residual=residual, mask=mask, wrt=wrt, out=out,
+            dy, x, mean, var, gamma, beta, axis=axis, eps=eps, activation=activation,
+            residual=residual, mask=mask, wrt=wrt, out=out,
         )  # fmt: skip
         self._forward = _unless_shared(x, out), _unless_shared(record[1], out), *record[2:]
         return g[:4]

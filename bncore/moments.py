@@ -1,4 +1,4 @@
-"""The statistics algebra: count, mean and sum of squared deviations, and their exact merge.
+"""The statistics algebra: count, mean and sum of squared deviations, and how they merge.
 
 Two parts of a batch merge by the pairwise formula of Chan, Golub & LeVeque (1979), so that the
 statistics of a whole follow from those of its parts, in any grouping, without the data.
@@ -7,6 +7,8 @@ statistics of a whole follow from those of its parts, in any grouping, without t
 from __future__ import annotations
 
 import numpy as np
+
+from bncore import _check
 
 
 class Moments:
@@ -48,7 +50,8 @@ class Moments:
     __slots__ = ("count", "mean", "m2", "mean_lo")
 
     def __init__(self, count=0.0, mean=0.0, m2=0.0, mean_lo=0.0):
-        arrays = [np.asarray(part, np.float64) for part in (count, mean, m2, mean_lo)]
+        given = {"count": count, "mean": mean, "m2": m2, "mean_lo": mean_lo}
+        arrays = [_numbers(part, name) for name, part in given.items()]
         try:
             arrays = [np.array(part) for part in np.broadcast_arrays(*arrays)]
         except ValueError:
@@ -64,7 +67,7 @@ class Moments:
         ddof : float
             0 for the biased variance batch norm uses, 1 for the unbiased one.
         """
-        degrees = self.count - ddof
+        degrees = self.count - _check.real(ddof, "ddof")
         return np.divide(self.m2, degrees, out=np.full_like(self.m2, np.nan), where=degrees > 0)
 
     def __radd__(self, other):
@@ -112,6 +115,13 @@ def moments_of(count, mean, m2, mean_lo):
     moments = Moments.__new__(Moments)
     moments.count, moments.mean, moments.m2, moments.mean_lo = count, mean, m2, mean_lo
     return moments
+
+
+def _numbers(value, name):
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} must be an array of numbers: {error}") from None
 
 
 def _two_sum(a, b):

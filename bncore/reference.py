@@ -62,8 +62,8 @@ def forward(x, weights, gamma, beta, residual, activation, eps, y, bits, stats, 
     eps : float
     y : (N, C, S) array, written; may be x or residual
     bits : uint8 array or None, written
-        A bit for each element, 1 where the activation hands its gradient on as it is. The order is
-        the backend's own.
+        A bit for each element, 1 where the activation hands its gradient on as it is. Their
+        meaning and order are the backend's own: another's are not to be read.
     stats : (4, C) float64 array, written
         Rows mean, mean_lo, var (biased) and inv_std.
     """

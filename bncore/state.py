@@ -31,7 +31,7 @@ class Layer:
     ):  # fmt: skip
         self.shape = _channel_shape(num_features)
         self._channels = math.prod(self.shape)
-        self.axis = axis
+        self.axis = _axis(axis, len(self.shape))
         self.eps = _check.positive(eps, "eps")
         self.momentum = momentum
         self.affine = bool(affine)
@@ -44,9 +44,7 @@ class Layer:
         self._known = None
         self._check_policies()
         self.momentum = self._momentum
-        dtype = np.dtype(dtype)
-        if dtype.name not in _check.FLOAT_NAMES:
-            raise TypeError(f"dtype must be a float type, got {dtype}")
+        dtype = _float_dtype(dtype)
         self.gamma = np.ones(self.shape, dtype) if affine else None
         self.beta = np.zeros(self.shape, dtype) if affine else None
         self.running_mean = np.zeros(self.shape, dtype) if track_running_stats else None
@@ -57,6 +55,7 @@ class Layer:
         self.grad_residual = None
         self.training = True
         self._forward = None
+        self._call = None
 
     @property
     def num_features(self):
@@ -105,6 +104,8 @@ class Layer:
     def reset_running_stats(self):
         """Forget all batches: running mean 0, variance 1, counter 0."""
         if self.track_running_stats:
+            for name in ("running_mean", "running_var"):
+                _check.state(getattr(self, name), name, self.shape)
             self.running_mean[...] = 0
             self.running_var[...] = 1
             self.num_batches_tracked = 0
@@ -144,14 +145,14 @@ class Layer:
         unknown = sorted(set(state) - known, key=str)
         if missing or unknown:
             raise ValueError(f"state has missing keys {missing} and unknown keys {unknown}")
+        for key, array in arrays.items():
+            _check.state(array, key, self.shape)
         loaded = {key: _loaded(state[key], key, array) for key, array in arrays.items()}
         if "running_var" in loaded and (loaded["running_var"] < 0).any():
             raise ValueError("state's running_var must not be negative")
         tracked = self.num_batches_tracked
         if "num_batches_tracked" in state:
             tracked = _loaded_counter(state["num_batches_tracked"])
-        for key, array in arrays.items():
-            _check.state(array, key, self.shape)
         for key, array in arrays.items():
             array[...] = loaded[key]
         self.num_batches_tracked = tracked
@@ -196,14 +197,26 @@ class Layer:
 
     def _check_policies(self):
         """Refuse policies there are none of: they may have been set by hand since last time."""
-        given = self.momentum, self.ddof, self.single_value, self.nan_policy, self.update
-        try:
-            known = given == self._known
-        except ValueError:  # an array among them
-            known = False
-        if not known:
+        known = self._known
+        if not (
+            known is not None
+            and self.momentum is known[0]
+            and self.ddof is known[1]
+            and self.single_value is known[2]
+            and self.nan_policy is known[3]
+            and self.update is known[4]
+        ):
             self._momentum = policies.check(self)
-            self._known = given
+            self._known = (
+                self.momentum, self.ddof, self.single_value, self.nan_policy, self.update
+            )  # fmt: skip
+
+    def _check_given_statistics(self):
+        """Refuse running statistics by which nothing can be normalized."""
+        for array, name in ((self.running_mean, "running_mean"), (self.running_var, "running_var")):
+            if type(array) is not np.ndarray:
+                raise TypeError(f"{name} must be an ndarray in evaluation, got {array!r}")
+            _check.per_channel(array, name, self.shape)
 
     def _takes_single(self, x):
         """Whether a training batch of one value per channel is normalized by itself, or an error.
@@ -299,6 +312,30 @@ def _channel_shape(num_features):
     return shape
 
 
+def _axis(axis, number):
+    """An axis, or so many; whether x has them is found out when it comes."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    try:
+        indices = [operator.index(one) for one in axes]
+    except TypeError:
+        raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}") from None
+    if len(indices) != number:
+        raise ValueError(
+            f"axis must name as many axes as num_features has sizes, {number}, got {axis!r}"
+        )
+    return axis
+
+
+def _float_dtype(dtype):
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype must be a float type, got {dtype!r}") from None
+    if dtype.name not in _check.FLOAT_NAMES:
+        raise TypeError(f"dtype must be a float type, got {dtype}")
+    return dtype
+
+
 def _loaded(value, key, like):
     """A copy of a state's array, in the dtype of the layer's own."""
     array = _check.float_array(value, f"state's {key}")
@@ -309,7 +346,10 @@ def _loaded(value, key, like):
 
 
 def _loaded_counter(value):
-    counter = np.asarray(value)
+    try:
+        counter = np.asarray(value)
+    except ValueError:  # ragged
+        counter = np.empty((), object)
     if counter.shape not in ((), (1,)) or counter.dtype.kind not in "iu":
         raise ValueError(f"state's num_batches_tracked must be a count, got {value!r}")
     count = int(counter.reshape(()))

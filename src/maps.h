@@ -225,9 +225,9 @@ BNCORE_INLINE void write_tail(const Map& map, T* out, ptrdiff_t i, ptrdiff_t n, 
   else write_cached(map, out, i, n);
 }
 
-/* Whether a map fetches what it reads next to a cache of this Level, which is the second for columns:
- * two arrays of them, cores whose vectors are shorter than a cache line bring sooner by themselves.
- */
+/* Whether a map fetches what it reads next to a cache of this Level, which is the second for
+ * columns. Two arrays of columns are not fetched where vectors are shorter than a cache line: such
+ * cores bring them sooner by themselves. */
 template <class Map, int Level>
 constexpr bool kFetches = Level == kFirstLevel || Map::kArrays == 1 || kVectorBytes == kCacheLine;
 

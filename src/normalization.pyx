@@ -322,7 +322,8 @@ cdef int batch_with_scratch(
 ) except -1:
     """Normalize one way or the other, with the scratch for it."""
     if not input.weights.total:
-        normalize_without_values(shape, input, gamma, beta, eps, y, stats, num_threads)
+        with nogil:
+            normalize_without_values(shape, input, gamma, beta, eps, y, stats, num_threads)
         return 0
     cdef Grid grid = sum_grid(
         shape.outer, shape.channels, shape.inner, sizeof(element), input.to_sum()

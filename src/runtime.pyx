@@ -118,7 +118,13 @@ def cgroup_quota(root="/"):
     >>> from bncore import _runtime
     >>> _runtime.cgroup_quota("/nowhere")
     """
-    quotas = []
+    try:
+        return min(_quotas(root), default=None)
+    except (ValueError, ZeroDivisionError):  # not in the form that the kernel documents
+        return None
+
+
+def _quotas(root):
     for mounts, path, read in _cpu_cgroups(root):
         for mount in mounts:
             # A quota anywhere up to the mount's root holds for everything below.
@@ -126,8 +132,7 @@ def cgroup_quota(root="/"):
             for depth in range(len(steps), -1, -1):
                 quota = read(os.path.join(root, "sys/fs/cgroup", mount, *steps[:depth]))
                 if quota is not None:
-                    quotas.append(quota)
-    return min(quotas, default=None)
+                    yield quota
 
 
 def _cpu_cgroups(root):
@@ -159,7 +164,7 @@ def _quota_v1(directory):
 
 def _lines(path):
     try:
-        with open(path) as file:
+        with open(path, errors="surrogateescape") as file:
             return file.read().splitlines()
     except OSError:
         return []
@@ -177,7 +182,8 @@ def get_num_threads():
     """Number of threads that the next call of a compiled kernel may use.
 
     It is the number given to `set_num_threads`, or else the number of CPUs; but never more than
-    the CPUs this process may use (affinity and cgroup quota counted), than OpenMP's own limit
+    the CPUs this process might use when it was set, or at import (affinity and cgroup quota
+    counted), than OpenMP's own limit
     (``OMP_NUM_THREADS``, threadpoolctl), or than can be created. In a forked child it is 1.
 
     Returns
@@ -209,7 +215,8 @@ def _openmp_stack_size():
     found = re.fullmatch(r"\s*(\d+)\s*([BKMG]?)\s*", setting.upper())
     if not found:
         return 0
-    return int(found[1]) << {"B": 0, "K": 10, "": 10, "M": 20, "G": 30}[found[2]]
+    size = int(found[1]) << {"B": 0, "K": 10, "": 10, "M": 20, "G": 30}[found[2]]
+    return size if size < 2**62 else 0
 
 
 usable_cpus = effective_cpus()

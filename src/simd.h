@@ -533,7 +533,7 @@ inline Wide load_wide_part(const T* p, int k) {
   return v;
 }
 
-/* keep_first: v in the first k lanes, 0 in the others. */
+/* What the instruction sets have for it; and keep_first: v in the first k lanes, 0 in the others. */
 #if defined(__AVX512VL__)
 template <>
 inline Wide load_wide_part<float>(const float* p, int k) {
@@ -617,14 +617,13 @@ template <class V, bool Whole> inline auto load_lanes(const int8_t* p, int k) {
   return widen_lanes<V>(some);
 }
 
-/* The same in the type of the maps. */
+/* kWide elements in the type of the maps; the first k of them where not Whole, then 0. */
 template <bool Whole, class T>
 inline typename Element<T>::Narrow load_narrow(const T* p, int k) {
   return Whole ? Element<T>::load_narrow(p) : low_half(Element<T>::load_part(p, k));
 }
 
-/* Results of comparisons as bits, lane 0 the lowest, and from bits that begin `i` bits after p. Up
- * to 3 bytes more than needed are read. */
+/* Results of comparisons as bits, lane 0 the lowest. */
 template <class Lanes> inline uint32_t bits_of_lanes(Lanes v) {
   constexpr bool is_double = sizeof(v[0]) == 8;
 #if defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -659,6 +658,7 @@ alignas(64) inline constexpr int32_t kBitOfLane[16] = {
     1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
 alignas(64) inline constexpr int64_t kBitOfWideLane[8] = {1, 2, 4, 8, 16, 32, 64, 128};
 
+/* The same from bits that begin i bits after p; up to 3 bytes more than needed are read. */
 template <class V> inline auto lanes_of_bits(const uint8_t* p, ptrdiff_t i) {
   typedef decltype(V{} < V{}) Lanes;
   uint32_t word;

@@ -571,6 +571,7 @@ class TestStateGivenByHand:
             ("num_batches_tracked", np.uint64(2**64 - 1), ValueError),
             ("weight", np.ma.ones(2), TypeError),
             ("bias", [[1.0], [1.0, 2.0]], ValueError),
+            ("num_batches_tracked", [[1], [1, 2]], ValueError),
         ],
     )
     def test_what_does_not_fit_is_named(self, key, value, error):
@@ -593,6 +594,9 @@ class TestStateGivenByHand:
             ("num_batches_tracked", -1, ValueError),
             ("num_batches_tracked", 2**63 - 1, ValueError),
             ("running_mean", None, TypeError),
+            ("ddof", True, TypeError),
+            ("ddof", 1.0, TypeError),
+            ("update", 1, TypeError),
         ],
     )
     def test_attributes_are_checked_before_anything_is_written(
@@ -604,8 +608,51 @@ class TestStateGivenByHand:
             layer(np.arange(6, dtype=np.float32).reshape(3, 2), out=out)
         assert (out == 7).all()
 
-    def test_evaluation_without_running_statistics_names_them(self):
-        layer = bncore.BatchNorm(2).eval()
-        layer.running_var = None
+    @pytest.mark.parametrize("kind", [bncore.BatchNorm, bncore.InPlaceBatchNorm])
+    @pytest.mark.parametrize("given", [None, [1.0, 1.0]])
+    def test_evaluation_without_running_statistics_names_them(self, kind, given):
+        layer = kind(2).eval()
+        layer.running_var = given
+        x = np.full((3, 2), 7, np.float32)
         with pytest.raises(TypeError, match="running_var"):
-            layer(np.zeros((3, 2), np.float32))
+            layer(x)
+        assert (x == 7).all()
+
+    def test_a_reset_is_all_or_nothing(self):
+        layer = bncore.BatchNorm(2)
+        layer(np.arange(6, dtype=np.float32).reshape(3, 2))
+        before = state_bits(layer)
+        layer.running_var.flags.writeable = False
+        with pytest.raises(ValueError, match="running_var must be writeable"):
+            layer.reset_running_stats()
+        assert state_bits(layer) == before
+
+    def test_a_parameter_that_is_no_array_is_named_when_a_state_is_loaded(self):
+        layer = bncore.BatchNorm(2)
+        state = layer.state_dict()
+        layer.gamma = [1.0, 2.0]
+        with pytest.raises(TypeError, match="weight must be an ndarray"):
+            layer.load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        ("given", "error", "message"),
+        [
+            ({"dtype": "foo"}, TypeError, "dtype must be a float type, got 'foo'"),
+            ({"axis": "a"}, TypeError, "axis must be an int or a tuple of ints, got 'a'"),
+            ({"axis": (0, 1)}, ValueError, "axis must name as many axes as num_features has sizes"),
+        ],
+    )
+    def test_arguments_are_checked_when_a_layer_is_made(self, given, error, message):
+        with pytest.raises(error, match=message):
+            bncore.BatchNorm(2, **given)
+
+    @pytest.mark.parametrize("residual", [None, "residual"])
+    def test_a_gradient_in_evaluation_is_that_of_the_call(self, backend, residual):
+        x, dy = (batch(seed, np.float32) for seed in (3, 3))
+        residual = None if residual is None else x + 1
+        layer = bncore.BatchNorm(5, activation="relu").eval()
+        layer(x, residual=residual)
+        dx, dgamma = layer.backward(dy), layer.grad_gamma
+        layer(x, residual=residual)
+        layer.eps, layer.activation, layer.gamma, layer.axis = 1.0, None, 2 * layer.gamma, -1
+        assert bits(layer.backward(dy), layer.grad_gamma) == bits(dx, dgamma)

@@ -144,6 +144,17 @@ class TestCgroupQuota:
         }
         assert self.tree(tmp_path, files) == cpus
 
+    @pytest.mark.parametrize("text", ["100000\n", "a b\n", "1 0\n"])
+    def test_what_is_no_quota_is_none(self, tmp_path, text):
+        files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": text}
+        assert self.tree(tmp_path, files) is None
+
+    def test_a_path_of_any_bytes(self, tmp_path):
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_bytes(b"0::/\xff\xfe\n")
+        files = {"sys/fs/cgroup/cpu.max": "200000 100000\n"}
+        assert self.tree(tmp_path, files) == 2
+
     def test_no_cgroups(self, tmp_path):
         assert _runtime.cgroup_quota(str(tmp_path)) is None
 
@@ -232,7 +243,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("stack", ["16k", "64k", "128k", "300k"])
+@pytest.mark.parametrize("stack", ["16k", "64k", "128k", "300k", "20000000000G"])
 def test_small_stacks_of_threads_end_nothing(stack):
     assert run(LAYER, OMP_STACKSIZE=stack) == "done\n"
     in_a_thread = (
