@@ -136,8 +136,9 @@ def positions(value, name: str, x: np.ndarray, axes: tuple[int, ...]) -> np.ndar
     shape = tuple([1 if axis in axes else size for axis, size in enumerate(x.shape)])
     try:
         array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} must be an array: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be an array: {error}") from None
     if array.shape == shape:
         return array
     try:

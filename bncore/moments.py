@@ -120,8 +120,9 @@ def moments_of(count, mean, m2, mean_lo):
 def _numbers(value, name):
     try:
         return np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name} must be an array of numbers: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be an array of numbers: {error}") from None
 
 
 def _two_sum(a, b):

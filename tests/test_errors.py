@@ -273,6 +273,20 @@ class TestBackward:
         x.strides = before
         derivative(normal(2, shape, np.float32), saved)
 
+    @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
+    @pytest.mark.parametrize("name", ["mask", "sample_weight", "mean"])
+    def test_what_another_library_does_not_hand_over_is_named(self, backend, name, error):
+        class Array:
+            def __array__(self, dtype=None, copy=None):
+                raise error("no")
+
+        expected = TypeError if error is TypeError else ValueError
+        with pytest.raises(expected, match=f"^{name} must be an array"):
+            if name == "mean":
+                bncore.Moments(1.0, Array(), 1.0)
+            else:
+                bncore.batch_norm(arguments().x, **{name: Array()})
+
     def test_nothing_saved(self, backend):
         with pytest.raises(ValueError, match="^saved has no x"):
             bncore.batch_norm_backward(arguments().dy, bncore.Saved())
