@@ -23,16 +23,21 @@ def name_of(dtype: np.dtype) -> str:
     return dtype.name
 
 
+def converted(value, name: str, what: str, dtype=None) -> np.ndarray:
+    """An ndarray, or an error that names the argument, also where it is another library's."""
+    try:
+        return np.asarray(value, dtype)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be {what}: {error}") from None
+
+
 def float_array(value, name: str) -> np.ndarray:
     """A floating-point ndarray; lists are converted, masked and object arrays are refused."""
     if isinstance(value, np.ma.MaskedArray):
         instead = "; pass mask= instead" if name == "x" else ""
         raise TypeError(f"{name} must be a plain array, got a masked array{instead}")
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name} must be an array of floats: {error}") from None
+    array = converted(value, name, "an array of floats")
     if array.dtype.char not in _NUMPY_FLOATS and name_of(array.dtype) not in FLOAT_NAMES:
         raise TypeError(f"{name} must have dtype {_list(FLOAT_NAMES)}, got {array.dtype}")
     return array
@@ -134,11 +139,7 @@ def positions(value, name: str, x: np.ndarray, axes: tuple[int, ...]) -> np.ndar
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked array")
     shape = tuple([1 if axis in axes else size for axis, size in enumerate(x.shape)])
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name} must be an array: {error}") from None
+    array = converted(value, name, "an array")
     if array.shape == shape:
         return array
     try:

@@ -94,10 +94,11 @@ def weights_of(mask, sample_weight, layout: _layout.Layout) -> Weights | None:
 
 def _in_runs(valid, layout) -> bool:
     """See `Weights`; of a mask (N, S) or (N, 1)."""
-    if valid.shape[1] != 1 or math.prod(layout.shape) < RUN:
+    elements = math.prod(layout.shape)
+    if valid.shape[1] != 1 or elements < RUN:
         return False
     runs = 1 + int(np.count_nonzero(valid[1:] != valid[:-1]))
-    return runs * RUN <= math.prod(layout.shape)
+    return runs * RUN <= elements
 
 
 def _power_of_two(number: float) -> float:

@@ -51,7 +51,10 @@ class Moments:
 
     def __init__(self, count=0.0, mean=0.0, m2=0.0, mean_lo=0.0):
         given = {"count": count, "mean": mean, "m2": m2, "mean_lo": mean_lo}
-        arrays = [_numbers(part, name) for name, part in given.items()]
+        arrays = [
+            _check.converted(part, name, "an array of numbers", np.float64)
+            for name, part in given.items()
+        ]
         try:
             arrays = [np.array(part) for part in np.broadcast_arrays(*arrays)]
         except ValueError:
@@ -115,14 +118,6 @@ def moments_of(count, mean, m2, mean_lo):
     moments = Moments.__new__(Moments)
     moments.count, moments.mean, moments.m2, moments.mean_lo = count, mean, m2, mean_lo
     return moments
-
-
-def _numbers(value, name):
-    try:
-        return np.asarray(value, np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another library's array
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name} must be an array of numbers: {error}") from None
 
 
 def _two_sum(a, b):

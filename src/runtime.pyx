@@ -183,8 +183,8 @@ def get_num_threads():
 
     It is the number given to `set_num_threads`, or else the number of CPUs; but never more than
     the CPUs this process might use when it was set, or at import (affinity and cgroup quota
-    counted), than OpenMP's own limit
-    (``OMP_NUM_THREADS``, threadpoolctl), or than can be created. In a forked child it is 1.
+    counted), than OpenMP's own limit (``OMP_NUM_THREADS``, threadpoolctl), or than can be created.
+    In a forked child it is 1.
 
     Returns
     -------
